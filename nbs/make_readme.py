@@ -1,0 +1,19 @@
+"""README.md from nbs/index.ipynb. usage: python nbs/make_readme.py [FOLDER]  (default: the repository)"""
+import re, sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+here = Path(__file__).parent
+out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parent
+nb = nbformat.read(here/"index.ipynb", 4)
+for c in nb.cells:
+    if c.cell_type == "code" and re.search(r"^#\|\s*(echo:\s*false|hide)", c.source, re.M): c.source = ""
+text, resources = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "README_files"})
+text = re.sub(r"```python\s*```\n", "", text)
+text = re.sub(r"!\[png\]", "![a normal image, a pseudo-anomaly, what D sees, a defect and its heat maps]", text)
+for name, data in resources["outputs"].items():
+    (out/name).parent.mkdir(parents=True, exist_ok=True)
+    (out/name).write_bytes(data)
+(out/"README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
