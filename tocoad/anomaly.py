@@ -8,7 +8,7 @@ __all__ = ['ROTATIONS', 'EMBEDDED', 'GENERATORS', 'turn', 'rotate', 'rotation_fo
            'blend', 'Perlin', 'jitter_colour', 'place', 'surround', 'lift', 'CutPaste', 'solve_poisson', 'correction',
            'poisson_blend', 'NSA', 'blending_for', 'check_generator']
 
-# %% ../nbs/02_anomaly.ipynb #638cc63d
+# %% ../nbs/02_anomaly.ipynb #fdeb6daf
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
+from PIL import Image
 from skimage import data as pictures
 from torch.nn.functional import grid_sample, interpolate, max_pool2d, pad
 from .data import SUFFIXES, read_image
@@ -45,7 +46,7 @@ def turn(images:torch.Tensor,    # (B, C, H, W)
     if fill == 0: return grid_sample(images, grid, mode, align_corners=False)
     return grid_sample(images - fill, grid, mode, align_corners=False).add_(fill)
 
-# %% ../nbs/02_anomaly.ipynb #d8df304d
+# %% ../nbs/02_anomaly.ipynb #7b0c3d51
 ROTATIONS = ("both", "slight", "right", "none")
 
 def rotate(images:torch.Tensor,   # (B, C, H, W); square for right angles
@@ -54,7 +55,7 @@ def rotate(images:torch.Tensor,   # (B, C, H, W); square for right angles
            fill:float=114/255,    # value of the corners
            generator=None,        # `torch.Generator`
           ) -> tuple:             # turned images, degrees (B,)
-    "Random quarter turns and slight turns of the base images [23-27]."
+    "Random quarter turns and slight turns of the base images (gaps 23 to 27)."
     n, (h, w) = len(images), images.shape[-2:]
     if how in ("both", "right") and h != w: raise BadInput(f"quarter turns need square images, got {h} x {w}: use rotate='slight' or 'none'")
     k = _below(generator, 4, n) if how in ("both", "right") else torch.zeros(n, dtype=torch.long)
@@ -63,12 +64,12 @@ def rotate(images:torch.Tensor,   # (B, C, H, W); square for right angles
         return turn(images, degrees, fill).clamp_(0, 1), degrees
     return torch.stack([x.rot90(q, (-2, -1)) for x, q in zip(images, k.tolist())]), 90. * k
 
-# %% ../nbs/02_anomaly.ipynb #400d8bc3
+# %% ../nbs/02_anomaly.ipynb #4ff76aea
 _STILL, _SLIGHT = {"capsule", "metal_nut", "pill", "toothbrush", "transistor"}, {"wood", "zipper", "cable"}
 
 def rotation_for(category:str, # name of a category
                 ) -> str:      # one of `ROTATIONS`
-    "DeSTSeg's choice of rotation for an MVTec AD category; \"both\" for any other [26]."
+    "DeSTSeg's choice of rotation for an MVTec AD category; \"both\" for any other (gap 26)."
     return "none" if category in _STILL else "slight" if category in _SLIGHT else "both"
 
 # %% ../nbs/02_anomaly.ipynb #ccd1f16b
@@ -107,20 +108,20 @@ def perlin_noise(n:int,               # images
     k = int(cells.max()) + 1
     return perlin((2 * math.pi * _rand(generator, n, k, k)).to(device), cells.to(device), size)
 
-# %% ../nbs/02_anomaly.ipynb #39318498
+# %% ../nbs/02_anomaly.ipynb #6b58db8c
 def turned_noise(n:int,               # images
                  size:tuple,          # (H, W)
                  generator=None,      # `torch.Generator`
                  scales:tuple=(0, 6), # cells are 2**k with k in range(*scales)
                  device="cpu",        # of the result
                 ) -> torch.Tensor:    # (n, H, W) in [-1, 1]
-    "Perlin noise of random scales [28], turned by a random angle."
+    "Perlin noise of random scales (gap 28), turned by a random angle."
     cells = 2 ** (scales[0] + _below(generator, scales[1] - scales[0], n, 2))
     P = perlin_noise(n, size, *cells.T, generator, device)
     return turn(P[:, None], _uniform(generator, -90, 90, n))[:, 0]
 
 def perlin_mask(n:int, size:tuple, generator=None, scales:tuple=(0, 6), # as above
-                threshold:float=.5,   # noise above it is anomalous [29]
+                threshold:float=.5,   # noise above it is anomalous (gap 29)
                 count:int=1,          # independent masks joined into one
                 device="cpu",         # of the result
                ) -> torch.Tensor:     # bool (n, H, W)
@@ -129,7 +130,7 @@ def perlin_mask(n:int, size:tuple, generator=None, scales:tuple=(0, 6), # as abo
     for _ in range(count - 1): M |= turned_noise(n, size, generator, scales, device) > threshold
     return M
 
-# %% ../nbs/02_anomaly.ipynb #f57dd695
+# %% ../nbs/02_anomaly.ipynb #a9f70070
 EMBEDDED = ("astronaut camera chelsea clock coffee coins colorwheel hubble_deep_field "
             "immunohistochemistry microaneurysms moon page retina rocket text").split()
 
@@ -137,12 +138,11 @@ EMBEDDED = ("astronaut camera chelsea clock coffee coins colorwheel hubble_deep_
 def _embedded(size, each=8):
     out, rng = [], np.random.default_rng(0)
     for name in EMBEDDED:
-        x = torch.from_numpy(np.array(getattr(pictures, name)())); x = x[..., None].expand(-1, -1, 3) if x.ndim == 2 else x
-        x = x.permute(2, 0, 1).float()
+        im = Image.fromarray(getattr(pictures, name)()).convert("RGB"); w, h = im.size
         for _ in range(each):
-            s = int(min(x.shape[1:]) * rng.uniform(.25, 1)); t, l = (int(rng.integers(0, n - s + 1)) for n in x.shape[1:])
-            out.append(interpolate(x[None, :, t:t + s, l:l + s], (size, size), mode="bilinear", antialias=True)[0])
-    return torch.stack(out).round().clamp(0, 255).byte()
+            s = int(min(w, h) * rng.uniform(.25, 1)); l, t = int(rng.integers(0, w - s + 1)), int(rng.integers(0, h - s + 1))
+            out.append(np.asarray(im.resize((size, size), Image.Resampling.BILINEAR, box=(l, t, l + s, t + s))))
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/02_anomaly.ipynb #6dbdeade
 def textures(folder=None,   # searched with all its sub-folders; None: the embedded ones
@@ -190,7 +190,7 @@ def otsu(d:torch.Tensor,    # (B, ...) any values
     s = z.cumsum(1, dtype=torch.float64); m0, m1 = s[:, :-1] / (w * n), (s[:, -1:] - s[:, :-1]) / ((1 - w) * n)
     return z.gather(1, (w * (1 - w) * (m1 - m0) ** 2).argmax(1, keepdim=True))[:, 0]
 
-# %% ../nbs/02_anomaly.ipynb #f78e4485
+# %% ../nbs/02_anomaly.ipynb #972346da
 def _corners(x, k): # (..., H, W) -> (..., 4 k k), the pixels of four corner squares
     return torch.cat([x[..., :k], x[..., -k:]], -1)[..., [*range(k), *range(-k, 0)], :].flatten(-2)
 
@@ -199,7 +199,7 @@ def foreground(images:torch.Tensor, # (B, 3, H, W) in [0, 1]
                most:float=.02,      # more of the corners than this beyond the cut: all is object
                close:float=.03,     # radius of the closing, share of the side
               ) -> torch.Tensor:    # bool (B, H, W)
-    "Where the object is; everywhere for textures and full-frame images [32]."
+    "Where the object is; everywhere for textures and full-frame images (gap 32)."
     k, r = (max(1, round(s * images.shape[-1])) for s in (corner, close))
     ground = _corners(images, k).median(-1).values
     d = (images - ground[..., None, None]).square().sum(1).sqrt()
@@ -207,16 +207,16 @@ def foreground(images:torch.Tensor, # (B, 3, H, W) in [0, 1]
     m = max_pool2d(-max_pool2d(far[:, None].float(), 2 * r + 1, 1, r), 2 * r + 1, 1, r)[:, 0] < -.5
     return m | (_corners(far, k).float().mean(-1) > most)[:, None, None]
 
-# %% ../nbs/02_anomaly.ipynb #37d93627
+# %% ../nbs/02_anomaly.ipynb #d6f75d4d
 @dataclass(kw_only=True)
 class Anomaly:
     "What all generators share: turn the base image, draw, label what changed."
-    rotate: str = "none"       # how the base image is turned, one of `ROTATIONS` [26]
-    angle: float = 5.          # largest slight angle, degrees [27]
-    fill: float = 114 / 255    # value of turned corners [27]
-    foreground: bool = False   # only on the object [32]
+    rotate: str = "none"       # how the base image is turned, one of `ROTATIONS` (gap 26)
+    angle: float = 5.          # largest slight angle, degrees (gap 27)
+    fill: float = 114 / 255    # value of turned corners (gap 27)
+    foreground: bool = False   # only on the object (gap 32)
     count: int = 1             # anomalies drawn on each image
-    label: str = "changed"     # or "full": the whole touched region [35]
+    label: str = "changed"     # or "full": the whole touched region (gap 35)
 
     def __post_init__(self):
         for name, have in (("rotate", ROTATIONS), ("label", ("changed", "full"))):
@@ -259,28 +259,26 @@ def blend(I_R:torch.Tensor,  # (B, 3, H, W) base image
     opacity = M[:, None] * (1 - beta.to(I_R.device))[:, None, None, None]
     return torch.lerp(I_R, A, opacity)
 
-# %% ../nbs/02_anomaly.ipynb #c532862d
+# %% ../nbs/02_anomaly.ipynb #79cd0b86
+@lru_cache(maxsize=4)
+def _library(folder, device): return textures(folder).to(device) # read and moved once
+
 @dataclass
 class Perlin(Anomaly):
     "Perlin-shaped pieces of texture (the paper's G)."
-    textures: object = field(default=None, repr=False) # folder, uint8 (T, 3, S, S), or None for the embedded ones
-    beta: tuple = (0, .8)       # range of the transparency [30]
-    threshold: float = .5       # of the noise [29]
-    scales: tuple = (0, 6)      # cells per axis are 2**k with k in range(*scales) [28]
-    rotate: str = field(default="both", kw_only=True) # [26]
-
-    def library(self, device):
-        "The textures as a tensor on `device`, read once."
-        if not isinstance(self.textures, torch.Tensor): self.textures = textures(self.textures)
-        if self.textures.device != device: self.textures = self.textures.to(device)
-        return self.textures
+    textures: object = field(default=None, repr=False, compare=False) # folder, uint8 (T, 3, S, S), or None: the embedded
+    beta: tuple = (0, .8)       # range of the transparency (gap 30)
+    threshold: float = .5       # of the noise (gap 29)
+    scales: tuple = (0, 6)      # cells per axis are 2**k with k in range(*scales) (gap 28)
+    rotate: str = field(default="both", kw_only=True) # (gap 26)
 
     def draw(self, I, generator=None, # (B, 3, H, W); `torch.Generator`
              fg=None):                # not needed: noise falls anywhere
         "I with textures showing through Perlin masks, and the masks."
         n, size = len(I), I.shape[-2:]
         M = perlin_mask(n, size, generator, self.scales, self.threshold, self.count, I.device)
-        A = pick_textures(self.library(I.device), n, size, generator)
+        T = self.textures if isinstance(self.textures, torch.Tensor) else _library(self.textures, I.device)
+        A = pick_textures(T.to(I.device), n, size, generator)
         return blend(I, A, M, _uniform(generator, *self.beta, n)), M
 
 # %% ../nbs/02_anomaly.ipynb #8959168b
@@ -353,10 +351,10 @@ def lift(I:torch.Tensor,       # (B, 3, H, W)
     i = (y * W + x).long().view(n, 1, -1).expand(-1, 3, -1)
     return corner, I.flatten(2).gather(2, i).view(n, 3, *size), inside
 
-# %% ../nbs/02_anomaly.ipynb #999d1369
+# %% ../nbs/02_anomaly.ipynb #20197677
 @dataclass
 class CutPaste(Anomaly):
-    "A rectangle (or a thin turned strip) of the image, recoloured, pasted elsewhere [34]."
+    "A rectangle (or a thin turned strip) of the image, recoloured, pasted elsewhere (gap 34)."
     area: tuple = (.02, .15)   # share of the image
     aspect: tuple = (.3, 3.3)  # height / width
     jitter: float = .1         # of the colour
@@ -393,15 +391,17 @@ def draw(self:CutPaste,
         _put(M, *corner, inside | _windows(M, *corner, *P.shape[-2:]))
     return out, M
 
-# %% ../nbs/02_anomaly.ipynb #6e619c1a
+# %% ../nbs/02_anomaly.ipynb #78e2d40d
 @lru_cache(maxsize=512)
 def _sines(n, device): # -> S (n, n), eigenvalues (n,)
-    k = torch.arange(1., n + 1, device=device)
-    return (2 / (n + 1)) ** .5 * torch.sin(math.pi / (n + 1) * torch.fmod(k[:, None] * k, 2 * (n + 1))), 2 * torch.cos(math.pi * k / (n + 1)) - 2
+    k, m = torch.arange(1., n + 1, device=device), n + 1
+    return math.sqrt(2 / m) * torch.sin(math.pi / m * torch.fmod(k[:, None] * k, 2 * m)), 2 * torch.cos(math.pi / m * k) - 2
 
 def _padded(ns, size, device): # the same for several n: (B, 1, size, size) and (B, 1, size), S filled up with zeros
+    if len(ns) == 1: S, l = _sines(size, device); return S[None, None], l[None, None]
     S, l = zip(*(_sines(n, device) for n in ns.tolist()))
-    return (torch.stack([pad(s, (0, size - len(s)) * 2) for s in S])[:, None], torch.stack([pad(v, (0, size - len(v)), value=-1.) for v in l])[:, None])
+    S, l = [pad(s, (0, size - len(s)) * 2) for s in S], [pad(v, (0, size - len(v)), value=-1.) for v in l]
+    return torch.stack(S)[:, None], torch.stack(l)[:, None]
 
 def solve_poisson(f:torch.Tensor,  # (B, C, H, W) right-hand side
                   h:torch.Tensor,  # (B,) unknowns along y, at most H
@@ -411,9 +411,8 @@ def solve_poisson(f:torch.Tensor,  # (B, C, H, W) right-hand side
     (Sy, ly), (Sx, lx) = (_padded(n, s, f.device) for n, s in zip((h, w), f.shape[-2:]))
     return Sy @ ((Sy @ f @ Sx) / (ly[..., None] + lx[..., None, :])) @ Sx
 
-# %% ../nbs/02_anomaly.ipynb #2a05ebb5
-def _dx(z): return pad(z.diff(dim=-1), (0, 1))
-def _dy(z): return pad(z.diff(dim=-2), (0, 0, 0, 1))
+# %% ../nbs/02_anomaly.ipynb #4e3c72f7
+def _gradient(z): return pad(z.diff(dim=-1), (0, 1)), pad(z.diff(dim=-2), (0, 0, 0, 1)) # dx, dy
 
 def correction(dst:torch.Tensor, # (B, C, h, w) windows of the destination
                src:torch.Tensor, # same shape: of the source
@@ -422,13 +421,12 @@ def correction(dst:torch.Tensor, # (B, C, h, w) windows of the destination
                mode:str="source", margin:int=0, strength=torch.hypot, # as in `poisson_blend`
               ) -> torch.Tensor: # (B, C, h - 2, w - 2): e on the inner pixels
     "What Poisson blending adds to the destination."
-    y, x = (torch.arange(n, device=dst.device) for n in dst.shape[-2:])
-    rows, cols = ((i >= margin) & (i < n.to(dst.device)[:, None] - margin) for i, n in ((y, h), (x, w)))
-    keep = (rows[:, :, None] & cols[:, None])[:, None]
-    if mode == "mixed": keep = keep & (strength(_dx(src), _dy(src)) > strength(_dx(dst), _dy(dst)))
-    gx, gy = _dx(src - dst) * keep, _dy(src - dst) * keep            # v - grad I_R
-    f = gx.diff(dim=-1)[..., 1:-1, :-1] + gy.diff(dim=-2)[..., :-1, 1:-1]
-    return solve_poisson(f, h - 2, w - 2)
+    keep = torch.zeros_like(dst[:, :1])
+    for k, a, b in zip(keep, h.tolist(), w.tolist()): k[:, margin:a - margin, margin:b - margin] = 1
+    if mode == "mixed": keep = keep * (strength(*_gradient(src)) > strength(*_gradient(dst)))
+    d = src - dst
+    gx, gy = (d[..., 1:-1, :].diff(dim=-1) * keep[..., 1:-1, :-1], d[..., 1:-1].diff(dim=-2) * keep[..., :-1, 1:-1])  # v - grad I_R
+    return solve_poisson(gx.diff(dim=-1) + gy.diff(dim=-2), h - 2, w - 2)
 
 # %% ../nbs/02_anomaly.ipynb #9be9d68c
 def _boxes(x, i, top, left, h, w): # boxes of the images i, filled up with zeros to the largest
@@ -452,10 +450,10 @@ def poisson_blend(dst:torch.Tensor,   # (B, 3, H, W) destination
         for j, d, (t, l, h, w) in zip(i.tolist(), e, box[i].tolist()): out[j, :, t + 1:t + h - 1, l + 1:l + w - 1] += d[:, :h - 2, :w - 2]
     return out
 
-# %% ../nbs/02_anomaly.ipynb #1d8182bf
+# %% ../nbs/02_anomaly.ipynb #40185888
 @dataclass
 class NSA(Anomaly):
-    "Patches of another image, Poisson-blended into this one [36]."
+    "Patches of another image, Poisson-blended into this one (gap 36)."
     mode: str = "source"         # gradients: "source" for objects, "mixed" for textures
     patches: int = 3             # on each image, times `count`
     half: tuple = (.03, .4)      # bounds of the half-width, share of the side
@@ -486,10 +484,10 @@ def draw(self:NSA,
         for m, (t, l, h, w) in zip(M, box.tolist()): m[t + 1:t + h - 1, l + 1:l + w - 1] = True
     return out, M
 
-# %% ../nbs/02_anomaly.ipynb #5e3df7b3
+# %% ../nbs/02_anomaly.ipynb #b738a5d2
 def blending_for(category:str, # name of a category
                 ) -> str:      # "source" or "mixed"
-    "NSA's gradients for a category: mixed for textures, source for objects [36]."
+    "NSA's gradients for a category: mixed for textures, source for objects (gap 36)."
     return "mixed" if category in {"carpet", "grid", "leather", "tile", "wood", "brick", "grass", "gravel"} else "source"
 
 # %% ../nbs/02_anomaly.ipynb #fae947e3

@@ -55,16 +55,16 @@ def settle(
     names = dict(dataset=a.dataset or ("mini" if mini else "mvtec_ad"), category=a.category or "washer")
     return config(profile, **(names | changes))
 
-# %% ../nbs/14_cli.ipynb #1b8ff731
+# %% ../nbs/14_cli.ipynb #d1934084
 def run(
     a, # parsed options of `run`
     cfg, # what they describe, from `settle`
 ): 
     "Train, score, write heat maps and record, print table or JSON"
-    _writable(a.out)
     from tocoad import data, experiment, report
     from tocoad.records import write_json
     category = data.load(a.root, cfg.dataset, cfg.category, size=cfg.resize)
+    _writable(a.out)
     result = experiment.compare(cfg, tuple(a.seeds), data=category, device=a.device, progress=not a.quiet)
     record, stem = experiment.record(result), f"{cfg.dataset}_{cfg.category}_{cfg.profile}"
     write_json(record, a.out/f"{stem}.json")

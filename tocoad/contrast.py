@@ -11,7 +11,7 @@ import kornia.augmentation as K, torch
 from torch import nn
 from .published import BadInput
 
-# %% ../nbs/06_contrast.ipynb #fbba37be
+# %% ../nbs/06_contrast.ipynb #71445c0c
 class Views(nn.Module):
     "SimSiam's augmentation, in batch"
     def __init__(self,
@@ -31,6 +31,7 @@ class Views(nn.Module):
     def forward(self,
         images, # (B, 3, S, S) in [0, 1]
     ): # one view of each, (B, 3, size, size)
+        "A fresh view of every image"
         return self.ops(images).clamp(0, 1)
 
 # %% ../nbs/06_contrast.ipynb #685a2333
@@ -64,7 +65,7 @@ PREDICTORS = {
     "linear": lambda d: nn.Linear(d, d),
     "mlp": lambda d: nn.Sequential(nn.Linear(d, d//4, bias=False), nn.BatchNorm1d(d//4), nn.ReLU(inplace=True), nn.Linear(d//4, d))}
 
-# %% ../nbs/06_contrast.ipynb #bff68493
+# %% ../nbs/06_contrast.ipynb #71f1171d
 class Heads(nn.Module):
     "Pooling, projector and predictor for the chosen layers of F"
     def __init__(self,
@@ -85,12 +86,14 @@ class Heads(nn.Module):
     def project(self,
         maps, # F's four maps
     ): # list of projections z (B, d), one per head
+        "Pool and project"
         pooled = [maps[l - 1].mean((2, 3)) for l in self.layers]
         return [g(f) for g, f in zip(self.projectors, [torch.cat(pooled, 1)] if self.concat else pooled)]
 
     def predict(self,
         zs, # projections, one per head
     ): # list of predictions p (B, d)
+        "Predictions from projections"
         return [h(z) for h, z in zip(self.predictors, zs)]
 
 # %% ../nbs/06_contrast.ipynb #05ebaa02
@@ -101,7 +104,7 @@ def spread(
     "Collapse indicator: deviation over the batch of the normalised projections, times the root of d"
     return nn.functional.normalize(z, dim=1).std(0).mean()*z.shape[1]**.5
 
-# %% ../nbs/06_contrast.ipynb #42b86308
+# %% ../nbs/06_contrast.ipynb #cc62d614
 class SimSiam(nn.Module):
     "C: the symmetric loss of M views with a stop-gradient"
     def __init__(self,
@@ -118,18 +121,22 @@ class SimSiam(nn.Module):
         F, # the extractor
         images, # (B, 3, S, S) in [0, 1]
     ): # L_sym, and the collapse indicator
+        "The loss of a batch of normal images"
         zs = [self.heads.project(F(self.views(images))) for _ in range(self.M)] # M x heads x (B, d)
         return self.compare(zs, zs)
 
-    def compare(self, zs, targets):
-        "Mean over heads of Eq. 5 between the predictions from `zs` and `targets`"
+    def compare(self,
+        zs, # M x heads x (B, d)
+        targets, # the same shape; what the predictions from `zs` should meet
+    ): # scalar
+        "Mean over heads of Eq. 5"
         ps = [self.heads.predict(z) for z in zs]
         losses = [sym_loss(p, t, self.printed) for p, t in zip(zip(*ps), zip(*targets))]
         return sum(losses)/len(losses), spread(zs[0][-1])
 
     def update(self, F): "After each optimiser step: nothing to do"
 
-# %% ../nbs/06_contrast.ipynb #8c6157c3
+# %% ../nbs/06_contrast.ipynb #ca50cea2
 class BYOL(SimSiam):
     "C with a slowly moving target network"
     def __init__(self, F, *args, decay:float=.996, **kwargs):
@@ -138,6 +145,7 @@ class BYOL(SimSiam):
         self.target = copy.deepcopy(nn.ModuleList([F, self.heads.projectors])).requires_grad_(False)
 
     def forward(self, F, images):
+        "SimSiam's loss with the target's projections"
         F_t, projectors = self.target
         views = [self.views(images) for _ in range(self.M)]
         zs = [self.heads.project(F(v)) for v in views]

@@ -46,7 +46,7 @@ def block(
     if backbone == "resnet18": return BasicBlock(c, c)
     return Bottleneck(c, c//4, base_width=64 if backbone == "resnet50" else 128)
 
-# %% ../nbs/04_discriminator.ipynb #69bd47c2
+# %% ../nbs/04_discriminator.ipynb #6640d0d3
 class Rise(nn.Module):
     "One step up: double the resolution, splice the skipped layer, compress, refine"
     def __init__(self,
@@ -63,9 +63,10 @@ class Rise(nn.Module):
         x, # (B, c_in, h, w)
         skip, # (B, c, 2h, 2w)
     ): # (B, c, 2h, 2w)
+        "Up, splice, squeeze, refine"
         return self.blocks(self.squeeze(torch.cat([self.up(x), skip], 1)))
 
-# %% ../nbs/04_discriminator.ipynb #8cfc133b
+# %% ../nbs/04_discriminator.ipynb #4f64a844
 class Discriminator(nn.Module):
     "D: the inverse of a backbone, from the maps of layers 1-4 to two-class logits at image size"
     def __init__(self,
@@ -83,6 +84,7 @@ class Discriminator(nn.Module):
     def forward(self,
         maps, # F's four maps, strides 4, 8, 16, 32
     ): # logits (B, 2, H, W)
+        "Logits of normal and anomalous at image size"
         *skips, x = maps
         for rise, skip in zip(self.rises, reversed(skips)): x = rise(x, skip)
         return self.top(x)

@@ -42,7 +42,7 @@ def make_contrast(
     with seeded(cfg.seed): C = CONTRASTS[cfg.contrast](F, cfg.layers, cfg.concat, cfg.width, cfg.predictor, views=views)
     return C.to(next(F.parameters()).device)
 
-# %% ../nbs/12_experiment.ipynb #bab18842
+# %% ../nbs/12_experiment.ipynb #97637794
 METHODS = ("frozen", "contrastive", "two_stage")
 
 def train(
@@ -52,11 +52,12 @@ def train(
     progress:bool=True,
 ) -> tuple: # F, and a dict: log of each stage, sanity check of D
     "F after the stages that a method has"
-    F, log = Features(cfg.backbone, cfg.weights, cfg.norm).to(images.device), {}
+    log, D, G = {}, None, make_generator(cfg)
+    with seeded(cfg.seed): F = Features(cfg.backbone, cfg.weights, cfg.norm).to(images.device); net = Discriminator(F.channels, cfg.backbone)
     if method == "frozen": return F, log
-    G, D, common = make_generator(cfg), None, dict(batch=cfg.batch, loss=LOSSES[cfg.loss], bn=cfg.bn, size=cfg.size, seed=cfg.seed, progress=progress)
+    common = dict(batch=cfg.batch, loss=LOSSES[cfg.loss], bn=cfg.bn, size=cfg.size, seed=cfg.seed, progress=progress)
     if method == "two_stage":
-        with seeded(cfg.seed): D = Discriminator(F.channels, cfg.backbone).to(images.device)
+        D = net.to(images.device)
         log["stage1"] = pretrain(F, D, G, images, cfg.epochs1, lr=cfg.lr1, **common)
         log["discriminator_auroc"] = check_discriminator(F, D, G, images, size=cfg.size)
     log["stage2"] = finetune(F, make_contrast(cfg, F), images, D, G, cfg.epochs2, lr=cfg.lr2, lr_head=cfg.lr_head, lam=cfg.lam, **common)
@@ -97,7 +98,7 @@ def judge(
     masks = None if data.test.masks is None else crop(data.test.masks, maps.shape[-1]).numpy()
     return evaluate(data.test.labels.numpy(), masks, image, maps)
 
-# %% ../nbs/12_experiment.ipynb #f792bc9b
+# %% ../nbs/12_experiment.ipynb #365cdedd
 @dataclass
 class Comparison:
     "Scores and metrics of several methods on one category, over the same seeds"
@@ -111,10 +112,16 @@ class Comparison:
     seconds: float = 0.
     gpu: str|None = None
 
-    def summary(self): return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in self.rows.groupby("method", sort=False)}
+    def summary(self): # method -> metric -> (mean, deviation over seeds)
+        "Metrics over seeds"
+        return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in self.rows.groupby("method", sort=False)}
 
-    def difference(self, method, metric, n=1000):
-        "Paired difference of a method to frozen, as an `Interval` in [-1, 1]"
+    def difference(self,
+        method:str, # compared with frozen
+        metric:str, # a metric's name, such as "pixel_auroc"
+        n:int=1000, # bootstrap draws
+    ): # `Interval` in [-1, 1]
+        "Paired difference of a method to frozen"
         a, b = "frozen", method
         if metric.startswith("image"): return paired_bootstrap(self.data.test.labels.numpy(), self.image[a], self.image[b], metric, n=n)
         masks = crop(self.data.test.masks, self.cfg.size).numpy()

@@ -48,7 +48,7 @@ def weights_path(
         raise BadInput(f"{path} has SHA-256 {found[:8]}... where {sha} was expected; delete it so that it is fetched anew.")
     return path
 
-# %% ../nbs/03_features.ipynb #650e98c7
+# %% ../nbs/03_features.ipynb #1a05a3d8
 _REPEATS = (1, 2, 2, 3, 3, 4, 1)
 _BLOCKS = [(stage, i) for stage, n in enumerate(_REPEATS) for i in range(n)]
 _FIRST = dict(_depthwise_conv="conv_dw", _bn1="bn1", _project_conv="conv_pw", _bn2="bn2")
@@ -60,6 +60,7 @@ def lite0_names(
 ) -> dict: # the same tensors under timm's names
     "Rename EfficientNet-Lite0's packaged weights for timm's `tf_efficientnet_lite0`"
     def rename(k):
+        "One name"
         if m := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", k):
             stage, i = _BLOCKS[int(m[1])]
             return f"blocks.{stage}.{i}.{(_OTHER if stage else _FIRST)[m[2]]}.{m[3]}"
@@ -67,7 +68,7 @@ def lite0_names(
         return f"{_OUTER[part]}.{rest}"
     return {rename(k): v for k, v in state.items()}
 
-# %% ../nbs/03_features.ipynb #41bf8eb3
+# %% ../nbs/03_features.ipynb #efb7f0cf
 class Features(nn.Module):
     "F: feature maps of layers 1-4 of an ImageNet backbone"
     def __init__(self,
@@ -87,6 +88,7 @@ class Features(nn.Module):
     def forward(self,
         x, # images (B, 3, H, W) in [0, 1]
     ): # list of four maps (B, C_l, H/s_l, W/s_l) with strides s = 4, 8, 16, 32
+        "Feature maps of layers 1-4"
         return self.net(((x - self.mean)/self.std).contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/03_features.ipynb #e477303c

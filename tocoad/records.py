@@ -108,8 +108,8 @@ def settings(
             raise BadInput(f"--set {pair}: choose {key} from {', '.join(CHOICES[key])}.")
     return out
 
-# %% ../nbs/11_records.ipynb #1aaaba4f
-_LITE = dict(backbone="tf_efficientnet_lite0", patches="mean", dims=None, epochs1=5, lr1=1e-3, epochs2=5, bn="eval", lr2=1e-3)
+# %% ../nbs/11_records.ipynb #86a77372
+_LITE = dict(backbone="tf_efficientnet_lite0", patches="mean", dims=None, epochs1=5, lr1=3e-3, epochs2=5, bn="eval", lr2=1e-2, lr_head=.05)
 PROFILES = {
     "paper": Config(),
     "laptop": Config(profile="laptop", **_LITE),
