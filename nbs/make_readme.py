@@ -8,8 +8,11 @@ from nbconvert import MarkdownExporter
 here = Path(__file__).parent
 out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parent
 nb = nbformat.read(here/"index.ipynb", 4)
+nb.metadata["language_info"] = {"name": "python"}
+hidden = lambda c: c.cell_type == "code" and re.search(r"^#\|\s*hide", c.source, re.M)
+nb.cells = [c for c in nb.cells if not hidden(c)]
 for c in nb.cells:
-    if c.cell_type == "code" and re.search(r"^#\|\s*(echo:\s*false|hide)", c.source, re.M): c.source = ""
+    if c.cell_type == "code" and re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.source = ""
 text, resources = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "README_files"})
 text = re.sub(r"```python\s*```\n", "", text)
 text = re.sub(r"!\[png\]", "![a normal image, a pseudo-anomaly, what D sees, a defect and its heat maps]", text)

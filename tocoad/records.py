@@ -25,7 +25,7 @@ RULES = { # field: what it must be, and whether it is
     "coreset": ("above 0 and at most 1", lambda c: 0 < c.coreset <= 1), "b": ("2 or more", lambda c: c.b >= 2),
     "scale": ("above 0 and at most 1", lambda c: 0 < c.scale <= 1), "sigma": ("0 or more", lambda c: c.sigma >= 0)}
 
-# %% ../nbs/11_records.ipynb #882b779e
+# %% ../nbs/11_records.ipynb #58cac1a2
 @dataclass(frozen=True)
 class Config:
     "Everything a run depends on"
@@ -51,13 +51,13 @@ class Config:
     scale: float = 0.2 # 06: least share of the area that a view keeps (gap 7)
     colour: float = 0.4 # 06: strength of the views' colour jitter (gap 7)
     lam: float = 0.5 # 07: weight of L_sym in Eq. 6 (Table 6)
-    bn: str = "train" # 05, 07: batch norm of F in both stages (gap 2)
+    bn: str = "eval" # 05, 07: batch norm of F in both stages (gap 2)
     batch: int = 16 # 05, 07
     epochs1: int = 100 # 05: stage I
     lr1: float = 1e-4 # 05: rate of D
     epochs2: int = 100 # 07: stage II
-    lr2: float = 3e-3 # 07: rate of F (gap 1)
-    lr_head: float | None = None # 07: rate of C's heads; None: as F
+    lr2: float = 1e-3 # 07: rate of F (gap 1)
+    lr_head: float | None = 0.05 # 07: rate of C's heads; None: as F
     patches: str = "patchcore" # 08: "patchcore" or "mean" (gap 11)
     dims: int | None = 1024 # 08: numbers per patch
     coreset: float = 0.1 # 08: share of patches kept (gap 60)
@@ -108,8 +108,8 @@ def settings(
             raise BadInput(f"--set {pair}: choose {key} from {', '.join(CHOICES[key])}.")
     return out
 
-# %% ../nbs/11_records.ipynb #86a77372
-_LITE = dict(backbone="tf_efficientnet_lite0", patches="mean", dims=None, epochs1=5, lr1=3e-3, epochs2=5, bn="eval", lr2=1e-2, lr_head=.05)
+# %% ../nbs/11_records.ipynb #46d015c5
+_LITE = dict(backbone="tf_efficientnet_lite0", patches="mean", dims=None, epochs1=5, lr1=8e-3, epochs2=5)
 PROFILES = {
     "paper": Config(),
     "laptop": Config(profile="laptop", **_LITE),

@@ -1,0 +1,70 @@
+"""The method as a whole: every variant of the tables runs, independent implementations agree, real images give the known figures."""
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+from tocoad import experiment, features, memory
+from tocoad.data import Category, load, write_mini
+from tocoad.records import config
+
+
+@pytest.fixture(scope="session")
+def washer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mini")/"set"
+    write_mini(root, size=64, categories=("washer",))
+    return load(root, "mvtec_ad", "washer", size=64, cache=False)
+
+
+TINY = dict(resize=64, size=64, epochs1=1, epochs2=1, width=32, batch=8)
+
+
+@pytest.mark.parametrize("change", [dict(generator="cutpaste"), dict(generator="nsa"), dict(layers=(4,)), dict(layers=(2, 3, 4)), dict(concat=True),
+    dict(lam=.1, loss="ce"), dict(contrast="byol"), dict(bn="train"), dict(predictor="mlp"), dict(foreground=True, count=2), dict(colour=0., scale=.6)],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))
+def test_every_variant_trains_and_changes_f(washer, change):
+    cfg = config("smoke", **TINY | change)
+    F, log = experiment.train(cfg, washer.train.images[:8], "two_stage", progress=False)
+    start = features.Features()
+    assert features.state_hash(F) != features.state_hash(start) and not F.training
+    assert all(np.isfinite(v) for e in log["stage2"] for v in e.values()) and 0 <= log["discriminator_auroc"] <= 1
+
+
+def test_variants_with_the_same_seed_share_their_frozen_row(washer):
+    rows = [experiment.compare(config("smoke", **TINY | c), methods=("frozen",), data=washer, progress=False).rows for c in (dict(), dict(generator="nsa", lam=.9))]
+    assert rows[0].equals(rows[1])
+
+
+@pytest.mark.parametrize("scorer", ["plain", "paper"])
+@pytest.mark.parametrize("patches,dims", [("mean", None), ("patchcore", 64)])
+def test_scores(washer, scorer, patches, dims):
+    cfg = config("smoke", **TINY | dict(scorer=scorer, patches=patches, dims=dims))
+    image, maps = experiment.score(features.Features(), washer, cfg)
+    assert image.shape == (len(washer.test),) and maps.shape == (len(washer.test), 64, 64) and np.isfinite(maps).all() and (image > 0).all()
+
+
+def test_scores_agree_with_scikit_learn(washer):
+    "The image score of a full memory is the largest nearest-neighbour distance that scikit-learn finds"
+    cfg = config("smoke", **TINY | dict(coreset=1.))
+    F = features.Features()
+    image, _ = experiment.score(F, washer, cfg)
+    X, Q = (experiment.embed(F, s.images, cfg) for s in (washer.train, washer.test))
+    reference = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(X.flatten(0, 1).double().numpy()).kneighbors(Q.flatten(0, 1).double().numpy())[0]
+    np.testing.assert_allclose(image, reference.reshape(Q.shape[:2]).max(1), rtol=1e-4)
+
+
+def test_batch_size_does_not_change_scores(washer):
+    cfg, F = config("smoke", **TINY), features.Features()
+    a, b = (experiment.embed(F, washer.test.images, cfg, batch=n) for n in (1, 32))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm,pixel", [("own", .978), ("imagenet", .982)])
+def test_bottle_frozen(real, norm, pixel):
+    "Frozen EfficientNet-Lite0, plain scorer, 10 % memory, 256 cropped to 224"
+    cfg = config("laptop", category="bottle", norm=norm)
+    data = load(real/"mvtec_ad", "mvtec_ad", "bottle")
+    assert (len(data.train), int((~data.test.labels).sum()), int(data.test.labels.sum())) == (209, 20, 63)
+    F, _ = experiment.train(cfg, data.train.images[:1], "frozen")
+    m = experiment.judge(data, *experiment.score(F, data, cfg))
+    assert m["image_auroc"] >= .999 and m["pixel_auroc"] >= pixel
