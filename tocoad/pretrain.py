@@ -102,7 +102,7 @@ def _step(F, D, G, x, loss, optimiser, generator):
     optimiser.zero_grad(set_to_none=True); L_dis.backward(); optimiser.step()
     return L_dis.detach()
 
-# %% ../nbs/05_pretrain.ipynb #cbdecd1b
+# %% ../nbs/05_pretrain.ipynb #04aca05d
 @torch.no_grad()
 def check_discriminator(
     F, D, G, # the three networks of stage I, D trained
@@ -113,7 +113,7 @@ def check_discriminator(
     "Pixel AUROC of D on fresh pseudo-anomalies"
     generator = torch.Generator().manual_seed(seed)
     p, y = [], []
-    for x in batches(images.repeat(-(-n//len(images)), 1, 1, 1)[:n], 16, generator, size):
+    for x in batches(images[torch.arange(n, device=images.device) % len(images)], 16, generator, size):
         x_G, y_G = G(x, generator=generator)
         p.append(D(F(x_G)).softmax(1)[:, 1].flatten().cpu()); y.append(y_G.flatten().cpu())
     return float(roc_auc_score(torch.cat(y).numpy(), torch.cat(p).float().numpy()))
