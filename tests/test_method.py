@@ -4,8 +4,8 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from tocoad import experiment, features, memory
-from tocoad.data import Category, load, write_mini
+from tocoad import experiment, features
+from tocoad.data import load, write_mini
 from tocoad.records import config
 
 

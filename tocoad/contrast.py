@@ -65,21 +65,19 @@ PREDICTORS = {
     "linear": lambda d: nn.Linear(d, d),
     "mlp": lambda d: nn.Sequential(nn.Linear(d, d//4, bias=False), nn.BatchNorm1d(d//4), nn.ReLU(inplace=True), nn.Linear(d//4, d))}
 
-# %% ../nbs/06_contrast.ipynb #71f1171d
+# %% ../nbs/06_contrast.ipynb #50854f1e
 class Heads(nn.Module):
     "Pooling, projector and predictor for the chosen layers of F"
     def __init__(self,
         channels:tuple, # channels of layers 1-4, `F.channels`
         layers:tuple=(3, 4), # which of them
         concat:bool=False, # one pair of heads on all layers joined, instead of one pair each
-        d:int=2048, # width of projections
-        predictor:str="linear", # a key of `PREDICTORS`
+        d:int=2048, predictor:str="linear", # width of projections, a key of `PREDICTORS`
     ):
         super().__init__()
         if not layers or set(layers) - {1, 2, 3, 4}: raise BadInput(f"Layers {layers} were asked for; choose some of 1, 2, 3, 4.")
-        widths = [channels[l - 1] for l in layers]
+        self.layers, self.concat, widths = tuple(layers), concat, [channels[l - 1] for l in layers]
         if concat: widths = [sum(widths)]
-        self.layers, self.concat = tuple(layers), concat
         self.projectors = nn.ModuleList(projector(c, d) for c in widths)
         self.predictors = nn.ModuleList(PREDICTORS[predictor](d) for _ in widths)
 
@@ -104,13 +102,12 @@ def spread(
     "Collapse indicator: deviation over the batch of the normalised projections, times the root of d"
     return nn.functional.normalize(z, dim=1).std(0).mean()*z.shape[1]**.5
 
-# %% ../nbs/06_contrast.ipynb #cc62d614
+# %% ../nbs/06_contrast.ipynb #17d3cfcf
 class SimSiam(nn.Module):
     "C: the symmetric loss of M views with a stop-gradient"
     def __init__(self,
         F, # the extractor, for its channels
-        layers:tuple=(3, 4), concat:bool=False, # see `Heads`
-        d:int=2048, predictor:str="linear",
+        layers:tuple=(3, 4), concat:bool=False, d:int=2048, predictor:str="linear", # see `Heads`
         views:nn.Module|None=None, M:int=2, # how to augment, how many views
         printed:bool=False, # Eq. 5 as printed
     ):
@@ -130,13 +127,13 @@ class SimSiam(nn.Module):
         targets, # the same shape; what the predictions from `zs` should meet
     ): # scalar
         "Mean over heads of Eq. 5"
-        ps = [self.heads.predict(z) for z in zs]
-        losses = [sym_loss(p, t, self.printed) for p, t in zip(zip(*ps), zip(*targets))]
+        ps = zip(*(self.heads.predict(z) for z in zs))
+        losses = [sym_loss(p, t, self.printed) for p, t in zip(ps, zip(*targets))]
         return sum(losses)/len(losses), spread(zs[0][-1])
 
     def update(self, F): "After each optimiser step: nothing to do"
 
-# %% ../nbs/06_contrast.ipynb #ca50cea2
+# %% ../nbs/06_contrast.ipynb #64381990
 class BYOL(SimSiam):
     "C with a slowly moving target network"
     def __init__(self, F, *args, decay:float=.996, **kwargs):
@@ -144,7 +141,7 @@ class BYOL(SimSiam):
         self.decay = decay
         self.target = copy.deepcopy(nn.ModuleList([F, self.heads.projectors])).requires_grad_(False)
 
-    def forward(self, F, images):
+    def forward(self, F, images): # as `SimSiam`
         "SimSiam's loss with the target's projections"
         F_t, projectors = self.target
         views = [self.views(images) for _ in range(self.M)]

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'DEPTHS', 'focal_loss', 'ce_loss', 'block', 'Rise', 'Discriminator']
 
-# %% ../nbs/04_discriminator.ipynb #fe814849
-import math, torch
+# %% ../nbs/04_discriminator.ipynb #ece27cce
+import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from .published import BadInput
 
 # %% ../nbs/04_discriminator.ipynb #4a9587fb
 def focal_loss(

@@ -6,22 +6,22 @@
 __all__ = ['METHODS', 'DIFFERENCES', 'make_generator', 'make_contrast', 'train', 'embed', 'score', 'judge', 'Comparison',
            'find_device', 'compare', 'record']
 
-# %% ../nbs/12_experiment.ipynb #d51b31ce
-import time, warnings
-from dataclasses import asdict, dataclass, field
+# %% ../nbs/12_experiment.ipynb #1b2f17fd
+import time
+from dataclasses import asdict, dataclass
 import numpy as np, pandas as pd, torch
 from tqdm.auto import tqdm
 from .anomaly import GENERATORS, textures
 from .contrast import CONTRASTS, Views
 from .data import Category, crop, load, to_float
 from .discriminator import LOSSES, Discriminator
-from .features import Features, state_hash
+from .features import Features
 from .finetune import finetune
 from .memory import SCORERS, Memory, anomaly_maps, image_scores, patch_features
 from .metrics import evaluate, mean_std, paired_bootstrap, paired_bootstrap_pixels
 from .pretrain import check_discriminator, pretrain, seeded
 from .published import BadInput
-from .records import Config, code_hash, config, hardware, versions
+from .records import Config, code_hash, hardware, versions
 
 # %% ../nbs/12_experiment.ipynb #7148c33c
 def make_generator(

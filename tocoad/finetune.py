@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['grad_norm', 'ncl_step', 'cosine', 'finetune']
 
-# %% ../nbs/07_finetune.ipynb #9ea3bada
+# %% ../nbs/07_finetune.ipynb #80d5c26e
 import math, time, torch
 from tqdm.auto import tqdm
 from .anomaly import Perlin
-from .contrast import SimSiam
 from .data import crop
 from .discriminator import focal_loss
 from .features import set_bn

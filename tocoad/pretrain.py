@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['batches', 'decay', 'seeded', 'Diverged', 'Guard', 'pretrain', 'check_discriminator']
 
-# %% ../nbs/05_pretrain.ipynb #586e94f3
+# %% ../nbs/05_pretrain.ipynb #d4c6ef16
 import copy, time
 from contextlib import contextmanager
 import torch
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
-from .anomaly import Perlin
 from .data import crop, to_float
-from .discriminator import Discriminator, focal_loss
-from .features import Features, set_bn
+from .discriminator import focal_loss
+from .features import set_bn
 
 # %% ../nbs/05_pretrain.ipynb #617bb744
 def batches(

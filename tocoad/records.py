@@ -6,9 +6,9 @@
 __all__ = ['RULES', 'CHOICES', 'PROFILES', 'PACKAGES', 'Config', 'settings', 'config', 'hardware', 'versions', 'code_hash',
            'write_json']
 
-# %% ../nbs/11_records.ipynb #7deb17ff
+# %% ../nbs/11_records.ipynb #efdaaf93
 import difflib, hashlib, json, os, platform, tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args, get_type_hints
