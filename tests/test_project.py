@@ -58,6 +58,13 @@ def test_notebook_carries_one_clean_run(nb):
     assert nb.stat().st_size < 1e6
 
 
+def test_lab_notebooks_take_parameters():
+    "papermill silently ignores -p where no cell is tagged"
+    for nb in (ROOT/"nbs"/"lab").glob("*.ipynb"):
+        tagged = [c for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        assert len(tagged) == 1, nb.name
+
+
 def test_metadata_agrees():
     ini = ConfigParser(delimiters=["="]); ini.read(ROOT/"settings.ini"); ini = ini["DEFAULT"]
     project = (ROOT/"pyproject.toml").read_text()
