@@ -103,7 +103,7 @@ def heat_maps(
     fig.suptitle(heading, fontsize=8)
     return fig
 
-# %% ../nbs/13_report.ipynb #fabc661f
+# %% ../nbs/13_report.ipynb #1c389966
 def curves(
     record:dict, # as made by `experiment.record`, with its `training`
 ): # matplotlib figure
@@ -118,7 +118,7 @@ def curves(
             if stage in run and any(e[key] for e in run[stage]): ax.plot([e["epoch"] for e in run[stage]], [e[key] for e in run[stage]], color=colour, marker=".", lw=1)
         ax.set_title(name, fontsize=9); ax.tick_params(labelsize=7); ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if key in ("g_sym", "g_neg", "spread"): ax.set_ylim(0)
+        if key in ("g_sym", "g_neg", "spread"): ax.set_ylim(0, 1.2 if key == "spread" else None)
     fig.suptitle("blue: contrastive only, orange: two-stage; one line per seed", fontsize=8)
     return fig
 
