@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'DIFFERENCES', 'make_generator', 'make_contrast', 'train', 'embed', 'score', 'judge', 'Comparison',
            'find_device', 'compare', 'record']
 
-# %% ../nbs/12_experiment.ipynb #1b2f17fd
+# %% ../nbs/12_experiment.ipynb #fe446ac9
 import time
 from dataclasses import asdict, dataclass
 import numpy as np, pandas as pd, torch
@@ -17,7 +17,7 @@ from .data import Category, crop, load, to_float
 from .discriminator import LOSSES, Discriminator
 from .features import Features
 from .finetune import finetune
-from .memory import SCORERS, Memory, anomaly_maps, image_scores, patch_features
+from .memory import Memory, patch_features, score_images
 from .metrics import evaluate, mean_std, paired_bootstrap, paired_bootstrap_pixels
 from .pretrain import check_discriminator, pretrain, seeded
 from .published import BadInput
@@ -63,7 +63,7 @@ def train(
     log["stage2"] = finetune(F, make_contrast(cfg, F), images, D, G, cfg.epochs2, lr=cfg.lr2, lr_head=cfg.lr_head, lam=cfg.lam, **common)
     return F, log
 
-# %% ../nbs/12_experiment.ipynb #0b565138
+# %% ../nbs/12_experiment.ipynb #69177f48
 @torch.inference_mode()
 def embed(
     F, # extractor in eval mode
@@ -83,10 +83,9 @@ def score(
     device = next(F.parameters()).device
     X, Q = (embed(F, s.images.to(device), cfg) for s in (data.train, data.test))
     M = Memory.fit(X.flatten(0, 1), ratio=cfg.coreset, generator=torch.Generator().manual_seed(cfg.seed))
-    options = dict(b=cfg.b) if cfg.scorer == "paper" else {}
-    s = SCORERS[cfg.scorer](M, Q.flatten(0, 1), **options).reshape(Q.shape[:2]) # s_t for each patch
     side = round(Q.shape[1]**.5)
-    return image_scores(s).cpu().numpy(), anomaly_maps(s, (side, side), cfg.size, cfg.sigma).cpu().numpy()
+    s = score_images(M, Q, (side, side), cfg.scorer, cfg.b, cfg.size, cfg.sigma)
+    return s.images.cpu().numpy(), s.maps.cpu().numpy()
 
 # %% ../nbs/12_experiment.ipynb #61d8afb7
 def judge(
