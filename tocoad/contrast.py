@@ -65,21 +65,21 @@ PREDICTORS = {
     "linear": lambda d: nn.Linear(d, d),
     "mlp": lambda d: nn.Sequential(nn.Linear(d, d//4, bias=False), nn.BatchNorm1d(d//4), nn.ReLU(inplace=True), nn.Linear(d//4, d))}
 
-# %% ../nbs/06_contrast.ipynb #50854f1e
+# %% ../nbs/06_contrast.ipynb #a1c48075
 class Heads(nn.Module):
     "Pooling, projector and predictor for the chosen layers of F"
     def __init__(self,
         channels:tuple, # channels of layers 1-4, `F.channels`
         layers:tuple=(3, 4), # which of them
         concat:bool=False, # one pair of heads on all layers joined, instead of one pair each
-        d:int=2048, predictor:str="linear", # width of projections, a key of `PREDICTORS`
+        d:int=2048, predictor="linear", # width of projections; a key of `PREDICTORS`, or a function of d
     ):
         super().__init__()
         if not layers or set(layers) - {1, 2, 3, 4}: raise BadInput(f"Layers {layers} were asked for; choose some of 1, 2, 3, 4.")
         self.layers, self.concat, widths = tuple(layers), concat, [channels[l - 1] for l in layers]
         if concat: widths = [sum(widths)]
         self.projectors = nn.ModuleList(projector(c, d) for c in widths)
-        self.predictors = nn.ModuleList(PREDICTORS[predictor](d) for _ in widths)
+        self.predictors = nn.ModuleList((predictor if callable(predictor) else PREDICTORS[predictor])(d) for _ in widths)
 
     def project(self,
         maps, # F's four maps
@@ -102,12 +102,12 @@ def spread(
     "Collapse indicator: deviation over the batch of the normalised projections, times the root of d"
     return nn.functional.normalize(z, dim=1).std(0).mean()*z.shape[1]**.5
 
-# %% ../nbs/06_contrast.ipynb #17d3cfcf
+# %% ../nbs/06_contrast.ipynb #e5c982d3
 class SimSiam(nn.Module):
     "C: the symmetric loss of M views with a stop-gradient"
     def __init__(self,
         F, # the extractor, for its channels
-        layers:tuple=(3, 4), concat:bool=False, d:int=2048, predictor:str="linear", # see `Heads`
+        layers:tuple=(3, 4), concat:bool=False, d:int=2048, predictor="linear", # see `Heads`
         views:nn.Module|None=None, M:int=2, # how to augment, how many views
         printed:bool=False, # Eq. 5 as printed
     ):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['grad_norm', 'ncl_step', 'cosine', 'finetune']
 
-# %% ../nbs/07_finetune.ipynb #80d5c26e
+# %% ../nbs/07_finetune.ipynb #811c9ffb
 import math, time, torch
 from tqdm.auto import tqdm
-from .anomaly import Perlin
 from .data import crop
 from .discriminator import focal_loss
 from .features import set_bn
 from .pretrain import Guard, batches, seeded
+from .published import BadInput
 
 # %% ../nbs/07_finetune.ipynb #9df9aea5
 def grad_norm(
@@ -51,7 +51,7 @@ def cosine(
     "Stage II's schedule: half a cosine from 1 to 0"
     return (1 + math.cos(math.pi*t))/2
 
-# %% ../nbs/07_finetune.ipynb #443260f0
+# %% ../nbs/07_finetune.ipynb #8758ce3e
 def finetune(
     F, C, images, # extractor, contrastive network, normal images uint8 (N, 3, S, S)
     D=None, G=None, # discriminator and generator; None: contrastive only
@@ -64,7 +64,9 @@ def finetune(
     "Stage II: tune F by contrast on normal views, guided by a fixed D through pseudo-anomalies"
     set_bn(F.requires_grad_(True), bn); C.train()
     for k, p in F.named_parameters(): p.requires_grad_(not k.startswith(tuple(freeze)))
-    if D is not None: D.eval().requires_grad_(False); G = G or Perlin()
+    if D is not None:
+        if G is None: raise BadInput("D guides F through pseudo-anomalies: give their generator G too.")
+        D.eval().requires_grad_(False)
     heads = [p for p in C.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in F.parameters() if p.requires_grad], base=lr), dict(params=heads, base=lr if lr_head is None else lr_head)]
     optimiser, guard, log = torch.optim.SGD(groups, lr=lr, momentum=.9, weight_decay=1e-4), Guard(F, C), []

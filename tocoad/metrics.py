@@ -199,7 +199,7 @@ def auroc_se(
     q1, q2 = a/(2 - a), 2*a**2/(1 + a)
     return np.sqrt((a*(1 - a) + (anomalous - 1)*(q1 - a**2) + (normal - 1)*(q2 - a**2))/(anomalous*normal))
 
-# %% ../nbs/09_metrics.ipynb #22d37ce9
+# %% ../nbs/09_metrics.ipynb #d74f60eb
 @dataclass(frozen=True, repr=False)
 class Interval:
     "A difference with its interval, in the metric's unit [-1, 1]"
@@ -209,7 +209,7 @@ class Interval:
     level:float # nominal coverage, such as 0.95
     n:int # bootstrap draws
     @property
-    def excludes_zero(self) -> bool: return bool(self.low > 0 or self.high < 0) # False for NaN
+    def excludes_zero(self) -> bool: return bool(self.low > 1e-9 or self.high < -1e-9) # beyond float noise; False for NaN
     def __repr__(self):
         if np.isnan(self.mean): return "undefined (one class is missing)"
         tail = "excludes 0" if self.excludes_zero else "holds 0"

@@ -109,12 +109,12 @@ _LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", pipe_fryum=
                cl_method="CL method", concat="Concatenation", loss="Loss", mvtec_ad="MVTec AD", visa="VisA", btad="BTAD",
                texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.", **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)})
 
-# %% ../nbs/00_published.ipynb #12751c92
+# %% ../nbs/00_published.ipynb #344ddb71
 def label(x, # a category, method, metric, factor or its value
          ) -> str:
     "A name as the paper writes it."
     if isinstance(x, bool | np.bool_): return "✓" if x else "×"
-    return _LABELS.get(x, str(x)[:1].upper() + str(x)[1:])
+    return _LABELS.get(x, str(x)[:1].upper() + str(x)[1:].replace("_", " "))
 
 # %% ../nbs/00_published.ipynb #c1f10772
 def printed(n: int,         # the paper's table, 1-9
