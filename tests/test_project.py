@@ -11,12 +11,12 @@ from nbdev.export import nb_export
 ROOT = Path(__file__).parents[1]
 CFG = get_config(ROOT)
 METHOD = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
-ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "reports"} & set(p.parts))
 
 
 def test_all_rooms_are_there():
     names = {p.stem[3:] for p in METHOD if p.stem[:2].isdigit()}
-    assert names == {p.stem for p in (ROOT/"tocoad").glob("*.py") if not p.stem.startswith("_")} and len(names) == 14
+    assert names == {p.stem for p in (ROOT/"tocoad").glob("*.py") if not p.stem.startswith("_")} and len(names) == 15
 
 
 @pytest.mark.parametrize("nb", METHOD, ids=lambda p: p.stem)
@@ -42,7 +42,7 @@ def test_library_is_exported(tmp_path):
 def test_notebooks_are_clean(tmp_path, monkeypatch):
     "nbdev-clean leaves nothing to commit"
     monkeypatch.chdir(ROOT)
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
+    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs", "reports"))
     nbdev_clean(str(tmp_path/"nbs"))
     for nb in ALL: assert (tmp_path/nb.relative_to(ROOT)).read_text(encoding="utf-8") == nb.read_text(encoding="utf-8"), f"{nb.name}: run nbdev-clean"
 
@@ -58,9 +58,9 @@ def test_notebook_carries_one_clean_run(nb):
     assert nb.stat().st_size < 1e6
 
 
-def test_lab_notebooks_take_parameters():
+def test_notebooks_for_papermill_take_parameters():
     "papermill silently ignores -p where no cell is tagged"
-    for nb in (ROOT/"nbs"/"lab").glob("*.ipynb"):
+    for nb in (p for folder in ("lab", "tables", "figures") for p in (ROOT/"nbs"/folder).glob("*.ipynb")):
         tagged = [c for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, nb.name
 

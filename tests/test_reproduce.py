@@ -1,0 +1,313 @@
+"The grid: what is shared, what an edit touches, what a kill leaves, what two processes and a cluster do to one store."
+import json, multiprocessing, os, re, shutil, signal, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tocoad import experiment, published, records, reproduce
+from tocoad.cli import main
+from tocoad.data import write_mini
+from tocoad.records import STAGES, Store, fingerprint, sources
+from tocoad.report import Results
+
+ROOT = Path(__file__).parents[1]
+TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=1", "width=32", "batch=8"]
+FORK = multiprocessing.get_context("forkserver") # children start with torch loaded and no thread started
+FORK.set_forkserver_preload(["tocoad.experiment", "tocoad.reproduce"])
+
+
+def grid(store, target="table5", seeds=(0,)):
+    "Compute a tiny grid; run in a child"
+    torch.set_num_threads(1)
+    reproduce.compute([target], options(store, seeds))
+
+
+def options(store, seeds=(0,), **kw): return reproduce.options(**dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds) | kw)
+def child(*args): p = FORK.Process(target=grid, args=args); p.start(); return p
+def journal(store): return [l.split()[1:3] for l in (Path(store)/"journal.txt").read_text().splitlines()]
+def numbers(store, target="table5", seeds=(0,)):
+    s = json.loads(reproduce.sheet_path(target, options(store, seeds), Store(store)).read_text())
+    assert not s["failed"]
+    return s["runs"], s["differences"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    store = tmp_path_factory.mktemp("grid")/"store"
+    p = child(store); p.join()
+    assert p.exitcode == 0
+    return store
+
+
+# what an edit touches
+
+@pytest.mark.parametrize("room,touched", [
+    ("contrast", {"stage2", "contrastive", "tour"}), ("metrics", {"metrics", "difference"}), ("anomaly", {"stage1", "stage2", "tour"}), ("finetune", {"stage2", "contrastive"}), ("features", {"stage1", "stage2", "contrastive", "memory", "scores", "tour"}),
+    ("memory", {"memory", "scores", "metrics", "difference", "gallery", "tour"}), ("published", set()), ("report", set()), ("cli", set()), ("reproduce", set())])
+def test_an_edit_touches_what_it_can_change(room, touched):
+    now = sources()
+    edited = now | {room: now[room] + "\nEDITED = True\n"}
+    found = {s for s, stage in STAGES.items() if fingerprint(stage.function, edited) != fingerprint(stage.function)}
+    assert found == touched | (found & {"tour"} if room == "finetune" else set())
+
+
+def test_comments_and_docstrings_touch_nothing():
+    now = sources()
+    edited = {r: "# a remark\n" + re.sub(r'^("""|")(?=[A-Za-z])', r"\1Edited. ", t, count=1, flags=re.M) for r, t in now.items()}
+    assert edited["pretrain"] != now["pretrain"]
+    for stage in STAGES.values(): assert fingerprint(stage.function, edited) == fingerprint(stage.function)
+
+
+def test_a_stage_reads_only_what_its_key_names():
+    "Every setting that a stage is given changes its key, and no other does"
+    base = records.config("smoke")
+    other = dict(backbone="resnet18", norm="imagenet", size=64, seed=1, generator="nsa", rotate="none", foreground=True, count=2, loss="ce", bn="train", batch=4, epochs1=3, lr1=.1,
+        contrast="byol", layers=(2, 3), concat=True, predictor="mlp", width=64, scale=.5, colour=0., epochs2=3, lr2=.1, lr_head=None, lam=.1, patches="patchcore", dims=8, coreset=.2, scorer="paper", b=3, sigma=1.)
+    for name, stage in STAGES.items():
+        key = lambda cfg: records.task(name, cfg, "data", "weights").key
+        moved = {k for k, v in other.items() if key(base.replace(**{k: v})) != key(base)}
+        assert moved == set(stage.fields) - {"weights", "textures"}
+        assert key(base) != records.task(name, base, "other data", "weights").key
+
+
+# kill, share, distribute
+
+def test_killed_in_each_stage_it_goes_on_and_ends_the_same(tmp_path, unbroken):
+    for stage in ("stage1", "stage2", "memory", "scores", "metrics", "difference"):
+        p = child(tmp_path/"store")
+        while p.is_alive() and not list((tmp_path/"store"/stage).glob("*.lock")): time.sleep(.001)
+        p.kill(); p.join()
+    p = child(tmp_path/"store"); p.join()
+    assert p.exitcode == 0 and numbers(tmp_path/"store") == numbers(unbroken)
+    twice = [k for k, n in Counter(map(tuple, journal(tmp_path/"store"))).items() if n > 1]
+    assert not twice, "a finished stage was computed again"
+
+
+def test_two_processes_share_a_store(tmp_path, unbroken):
+    both = [child(tmp_path/"store") for _ in range(2)]
+    for p in both: p.join()
+    assert [p.exitcode for p in both] == [0, 0] and numbers(tmp_path/"store") == numbers(unbroken)
+    assert sorted(journal(tmp_path/"store")) == sorted(journal(unbroken)), "each stage once"
+
+
+def test_cluster_with_a_worker_killed_gives_the_same(tmp_path, monkeypatch):
+    from dask.distributed import Client, LocalCluster
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    p = child(tmp_path/"one", "table5", (0, 1)); p.join()
+    store = tmp_path/"two"
+    with LocalCluster(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=None) as cluster, Client(cluster) as client:
+        import threading
+        killed = []
+        def kill():
+            "The first worker that is seen in stage II"
+            pids = client.run(os.getpid)
+            while not list((store/"stage2").glob("*.lock")) if (store/"stage2").exists() else True: time.sleep(.002)
+            killed.append(next(iter(pids.values()))); os.kill(killed[0], signal.SIGKILL)
+        t = threading.Thread(target=kill, daemon=True); t.start()
+        reproduce.compute(["table5"], options(store, (0, 1)), workers=client)
+        t.join(5)
+    assert killed
+    assert numbers(store, "table5", (0, 1)) == numbers(tmp_path/"one", "table5", (0, 1))
+    assert set(map(tuple, journal(store))) == set(map(tuple, journal(tmp_path/"one")))
+    assert len(journal(store)) == len(set(map(tuple, journal(store)))), "a stored stage was computed again"
+
+
+# a student's walk
+
+WALK = """
+import json, sys, tocoad
+from tocoad import experiment, records
+assert tocoad.__file__.startswith(sys.argv[1])
+cfg = records.config("smoke", **records.settings(sys.argv[3:]))
+r = experiment.compare(cfg, data=experiment.load(None, "mini", "washer", size=64), progress=False, store=records.Store(sys.argv[2]))
+print(json.dumps(dict(computed=r.stages[r.stages.computed][["method", "stage"]].values.tolist(), rows=r.rows.to_dict("records"))))
+"""
+
+
+def test_a_students_walk(tmp_path):
+    "Copy the repository, change one component in its notebook, export, compare: nothing else needs an edit"
+    repo = tmp_path/"repo"
+    shutil.copytree(ROOT/"nbs", repo/"nbs", ignore=shutil.ignore_patterns("reports", "runs", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT/"tocoad", repo/"tocoad", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT/name, repo)
+    env = os.environ | dict(PYTHONPATH=str(repo), PYTHONDONTWRITEBYTECODE="1")
+
+    def walk():
+        run = subprocess.run([sys.executable, "-c", WALK, str(repo), str(tmp_path/"store"), *TINY], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        out = json.loads(run.stdout.splitlines()[-1])
+        return {tuple(x) for x in out["computed"]}, {r["method"]: {k: v for k, v in r.items() if k not in ("method", "seed")} for r in out["rows"]}
+
+    def edit(nb, kind, old, new):
+        "Replace a text in the cells of one kind, and export as a student would"
+        path = repo/"nbs"/nb
+        book = json.loads(path.read_text())
+        for c in book["cells"]:
+            if c["cell_type"] == kind: c["source"] = "".join(c["source"]).replace(old, new).splitlines(keepends=True)
+        assert json.dumps(book) != json.dumps(json.loads(path.read_text())), "the edit found nothing"
+        path.write_text(json.dumps(book))
+        subprocess.run([Path(sys.executable).parent/"nbdev-export"], cwd=repo, env=env, check=True, capture_output=True)
+
+    computed, first = walk()
+    assert {m for m, _ in computed} == {"frozen", "contrastive", "two_stage"}
+    computed, again = walk()
+    assert not computed and again == first
+
+    edit("02_anomaly.ipynb", "code", "beta: tuple = (0, .8)", "beta: tuple = (0, .1)")
+    computed, changed = walk()
+    assert computed == {("two_stage", s) for s in ("stage1", "stage2", "memory", "scores", "metrics")}
+    assert changed["two_stage"] != first["two_stage"] and changed["frozen"] == first["frozen"] and changed["contrastive"] == first["contrastive"]
+
+    edit("06_contrast.ipynb", "code", "flip:float=.5", "flip:float=.1")
+    computed, third = walk()
+    assert computed == {(m, s) for m, t in (("contrastive", "contrastive"), ("two_stage", "stage2")) for s in (t, "memory", "scores", "metrics")}
+    assert third["contrastive"] != changed["contrastive"]
+
+    edit("09_metrics.ipynb", "code", "return _stats(\"pixel\", (p, f0, f1, N)) |", "return _stats(\"pixel\", (p, f0, f1, N)) | dict(extra=1.) |")
+    computed, fourth = walk()
+    assert computed == {(m, "metrics") for m in fourth} and fourth["frozen"]["extra"] == 1 and fourth["frozen"]["pixel_auroc"] == third["frozen"]["pixel_auroc"]
+
+    edit("06_contrast.ipynb", "markdown", "The", "This")
+    computed, _ = walk()
+    assert not computed
+
+
+class Tinted(torch.nn.Module):
+    "Views with a parameter, which stage II must not leak"
+    def __init__(self): super().__init__(); self.tint = torch.nn.Parameter(torch.ones(3, 1, 1))
+    def forward(self, images): return (images*self.tint)[..., :64, :64].clamp(0, 1)
+
+
+def test_components_are_part_of_the_key_and_stay_as_they_are(tmp_path):
+    cfg, data, store, views = records.config("smoke", **records.settings(TINY)), experiment.load(None, "mini", "washer", size=64), Store(tmp_path/"store"), Tinted()
+    variants = dict(frozen=dict(method="frozen"), unchanged={}, tinted=dict(parts=dict(views=views)), sharp=dict(sigma=1.))
+    first = experiment.compare(cfg, methods=variants, data=data, progress=False, store=store)
+    assert set(first.stages.query("method == 'tinted' and computed").stage) == {"stage2", "memory", "scores", "metrics"}
+    assert set(first.stages.query("method == 'sharp' and computed").stage) == {"metrics"}
+    assert views.tint.detach().eq(1).all() and not experiment.compare(cfg, methods=variants, data=data, progress=False, store=store).stages.computed.any()
+    again = experiment.judge(data, first.image["sharp"][0], first.maps["sharp"][0])
+    assert again["pixel_auroc"] == first.rows.query("method == 'sharp'").pixel_auroc.item(), "the maps are those of the method"
+    assert {tuple(r["custom"]) for r in store.records()} == {(), ("views",)}
+
+
+# the command
+
+@pytest.fixture
+def say(capsys):
+    def say(*words):
+        status = main(list(map(str, words)))
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return status, out.out, out.err
+    return say
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory):
+    "A root with one of MVTec AD's fifteen categories"
+    root = tmp_path_factory.mktemp("root")
+    write_mini(root/"made", size=64, categories=("washer",))
+    (root/"mvtec_ad").mkdir(); (root/"made"/"washer").rename(root/"mvtec_ad"/"bottle"); (root/"made").rmdir()
+    return root
+
+
+def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly):
+    words = ["reproduce", "table1", "table7", "audit", "figure7", "--root", partly, "--profile", "smoke", "--set", *TINY, "--store", tmp_path/"store", "--out", tmp_path/"out", "--quiet"]
+    status, out, err = say(*words)
+    assert status == 0, err
+    for t in ("table1", "table7", "audit"): assert {p.suffix for p in (tmp_path/"out"/"tables").glob(f"{t}.*")} >= {".csv", ".md", ".html", ".tex"}
+    assert {p.suffix for p in (tmp_path/"out"/"figures").glob("figure7.*")} >= {".png", ".pdf"}
+    page = (tmp_path/"out"/"index.html").read_text()
+    assert all(f'id="{t}"' in page for t in ("table1", "table7", "audit", "figure7"))
+    text = (tmp_path/"out"/"tables"/"table1.md").read_text()
+    assert "profile smoke (smoke: shows that it runs, is no result)" in text and "not there" in text and "(1 of 15)" in text
+    before = journal(tmp_path/"store")
+    assert say(*words)[0] == 0 and journal(tmp_path/"store") == before, "the second time everything comes from the store"
+    assert (tmp_path/"out"/"tables"/"table1.md").read_text() == text
+    assert "drawn" in (tmp_path/"out"/"reproduce.log").read_text()
+
+
+def test_reading_from_the_store_imports_no_torch(unbroken):
+    code = f"import sys; from tocoad import reproduce; r = reproduce.results('table5', profile='smoke', categories=['washer'], settings={TINY}, store={str(unbroken)!r}); print(len(r.runs), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["4", "False"] or run.stdout.split() == ["3", "False"]
+
+
+def test_a_failed_cell_is_a_row_and_is_tried_again(tmp_path):
+    o = options(tmp_path/"store", settings=[*TINY, "lr2=1e30"])
+    for _ in range(2):
+        r = Results(reproduce.compute(["table5"], o)["table5"])
+        assert r.rows == ["frozen F", "NCL ×, DNP ×"] and len(r.failed) == 2 and all("The loss became" in f for f in r.failed)
+    tried = [s for s, _ in journal(tmp_path/"store")]
+    assert tried.count("stage1") == 1 and "stage2" not in tried
+
+
+def test_failures_end_with_status_1(say, tmp_path):
+    status, out, err = say("reproduce", "table8", "--categories", "washer", "--set", *TINY, "lr2=1e30", "--store", tmp_path/"s", "--out", tmp_path/"out", "--quiet")
+    assert status == 1 and "table8: Concatenation ✓, washer, seed 0: stage2: The loss became" in err and "start again to retry" in out
+    assert "Failed: Concatenation ✓" in (tmp_path/"out"/"tables"/"table8.md").read_text()
+
+
+def test_dry_run_counts_what_is_shared(say, tmp_path):
+    status, out, err = say("reproduce", "all", "--dry-run", "--store", tmp_path/"none")
+    assert status == 0 and f"{len(published.configurations())} configurations on 5 categories" in out and "0 stages stored" in out
+    assert not (tmp_path/"none").exists()
+
+
+@pytest.mark.parametrize("words,status,sentence", [
+    (["reproduce", "tabel1"], 2, "a table or figure cannot be 'tabel1': take table1"),
+    (["reproduce", "table1", "--set", "epoch2=1"], 2, "did you mean 'epochs2'"),
+    (["reproduce", "table1", "--set", "seed=1"], 2, "fixed by the tables"),
+    (["reproduce", "table1", "--param", "nosuch=1"], 2, "no notebook of table1 has a parameter 'nosuch'"),
+    (["reproduce", "table1", "--param", "nosuch"], 2, "write it as name=value"),
+    (["reproduce", "table1", "--param", "seeds=1"], 2, "use the option --seeds"),
+    (["reproduce", "table1", "--root", "nowhere"], 2, "there is no folder nowhere"),
+    (["reproduce", "table1", "--categories", "botle"], 2, "a category cannot be 'botle'"),
+    (["reproduce", "table1", "--workers", "local:none"], 2, "write local:2"),
+    (["reproduce", "table1", "--workers", "tcp://127.0.0.1:1", "--out", "{tmp}/o", "--store", "{tmp}/s"], 1, "no scheduler answers there"),
+    (["reproduce", "table1", "--store", "{old}", "--out", "{tmp}/o"], 1, "is a store of format 99"),
+    (["reproduce", "table1", "--store", "{file}/store", "--out", "{tmp}/o"], 1, "choose another folder with --store"),
+    (["reproduce", "table1", "--store", "{full}", "--out", "{tmp}/o"], 1, "holds other files"),
+    (["reproduce", "table1", "--out", "{file}/out", "--store", "{tmp}/s"], 1, "choose another folder with --out"),
+    (["reproduce", "table1", "--device", "cuda:99", "--out", "{tmp}/o", "--store", "{tmp}/s"], 1, "There is no device 'cuda:99'"),
+    (["runs", "list", "--store", "{tmp}/none"], 1, "there is no store at"),
+    (["run", "--set", "method=frozen"], 2, "every method is run")])
+def test_bad_input_is_one_sentence(say, tmp_path, words, status, sentence):
+    for name in ("old", "full"): (tmp_path/name).mkdir()
+    (tmp_path/"old"/"store.json").write_text('{"format": 99}'); (tmp_path/"full"/"thesis.tex").touch(); (tmp_path/"file").touch()
+    found, out, err = say(*(w.format(tmp=tmp_path, **{n: tmp_path/n for n in ("old", "full", "file")}) for w in words), *(["--quiet"] if words[0] == "reproduce" else []))
+    assert (found, err.count("\n")) == (status, 1) and sentence in err and err.startswith("tocoad: ")
+    assert not list((tmp_path/"full").glob("store*"))
+
+
+def test_runs_list_show_prune(say, tmp_path, unbroken):
+    store = tmp_path/"store"
+    shutil.copytree(unbroken, store)
+    status, out, _ = say("runs", "list", "--store", store)
+    assert status == 0 and out.count("mini/washer") == 3 and "stage1: 1 records" in out
+    key = out.split()[0]
+    assert json.loads(say("runs", "show", key, "--store", store)[1])["stage"] == "metrics"
+    assert "0 records begin with 'zzz'" in say("runs", "show", "zzz", "--store", store)[2]
+    (store/"memory"/"half.safetensors").write_bytes(b"x")
+    assert "would drop 0 records and 1 leftovers" in say("runs", "prune", "--dry-run", "--store", store)[1]
+    for p in (store/"sheets").glob("*.json"): p.unlink()
+    status, out, _ = say("runs", "prune", "--store", store)
+    assert status == 0 and not list(store.glob("*/*.safetensors")) and not Store(store).records()
+
+
+def test_tensors_may_be_dropped_and_numbers_stay(tmp_path, unbroken):
+    store = tmp_path/"store"
+    shutil.copytree(unbroken, store)
+    o = options(store)
+    reproduce.compute(["table5"], o, keep="scores")
+    assert not list((store/"stage2").glob("*.safetensors")) and list((store/"scores").glob("*.safetensors"))
+    assert numbers(store) == numbers(unbroken) and journal(store) == journal(unbroken)
+
+
+def test_every_target_has_its_notebook_with_the_same_parameters():
+    import papermill
+    for t in reproduce.TARGETS:
+        assert list(papermill.inspect_notebook(str(reproduce.notebook_of(t)))) == list(reproduce.PARAMETERS), t
+        assert 5 <= sum(c["cell_type"] == "code" for c in json.loads(reproduce.notebook_of(t).read_text())["cells"]) <= 15, t
