@@ -118,12 +118,12 @@ def settings(
             raise BadInput(f"--set {pair}: choose {key} from {', '.join(CHOICES[key])}.")
     return out
 
-# %% ../nbs/11_records.ipynb #46d015c5
+# %% ../nbs/11_records.ipynb #def59500
 _LITE = dict(backbone="tf_efficientnet_lite0", patches="mean", dims=None, epochs1=5, lr1=8e-3, epochs2=5)
 PROFILES = {
     "paper": Config(),
     "laptop": Config(profile="laptop", **_LITE),
-    "smoke": Config(profile="smoke", dataset="mini", category="washer", **_LITE).replace(resize=144, size=128, epochs1=2, epochs2=1, width=256)}
+    "smoke": Config(profile="smoke", dataset="mini", category="washer", **_LITE).replace(resize=144, size=128, epochs1=10, epochs2=1, width=256)}
 
 def config(
     profile:str="laptop", # a key of `PROFILES`

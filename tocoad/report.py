@@ -233,14 +233,14 @@ def ablation(
     index = pd.MultiIndex.from_tuples(out, names=columns) if len(columns) > 1 else pd.Index([k[0] for k in out], name=columns[0])
     return pd.DataFrame(list(out.values()), index=index)
 
-# %% ../nbs/13_report.ipynb #f067d353
+# %% ../nbs/13_report.ipynb #6449ed0d
 def forest(
     panels:dict, # heading -> series -> label -> `Interval` or None, per cent
     heading:str="",
 ): # matplotlib figure
     "Differences and their intervals around 0"
     from matplotlib.figure import Figure
-    labels = list(dict.fromkeys(k for p in panels.values() for s in p.values() for k in s))
+    labels = list(dict.fromkeys(k for p in panels.values() for s in p.values() for k, d in s.items() if d is not None))
     many = max(len(p) for p in panels.values())
     fig = Figure(figsize=(9.5, 1.1 + .2*len(labels)*max(1, .55*many)), layout="constrained", dpi=80)
     for ax, (name, series) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
@@ -251,8 +251,8 @@ def forest(
                                fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
         ax.set_title(name, fontsize=9); ax.tick_params(labelsize=8); ax.grid(axis="x", alpha=.25); ax.spines[["top", "right", "left"]].set_visible(False)
     axes = fig.axes
-    axes[0].set_yticks(range(len(labels)), labels); axes[0].invert_yaxis()
-    if many > 1: axes[-1].legend(fontsize=8, frameon=False)
+    axes[0].set_yticks(range(len(labels)), labels); axes[0].set_ylim(len(labels) - .4, -.6)
+    if many > 1: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8); fig.suptitle(heading, fontsize=8)
     return fig
 
@@ -288,7 +288,7 @@ def notes(
     if r.target[5:].isdigit(): out += [str(x) for x in published.remarks(int(r.target[5:]))]
     return out
 
-# %% ../nbs/13_report.ipynb #2a190069
+# %% ../nbs/13_report.ipynb #97ae2e2c
 def tidy(
     r:Results,
 ) -> pd.DataFrame: # dataset, category, row, metric, mean, std, seeds, categories averaged, base and gain with interval; per cent
@@ -318,7 +318,7 @@ def write_table(
     bullets = lambda form, items: "\n".join(form.format(i) for i in items)
     texts = dict(
         csv=(first if numbers is None else numbers).to_csv(index=numbers is None),
-        md=f"# {title}\n\n" + "\n\n".join(f"{h}\n\n{flat(f).to_markdown(index=False)}" for h, f in frames.items()) + "\n\n" + bullets("- {}", notes) + "\n",
+        md=f"# {title}\n\n" + "\n\n".join(f"{h}\n\n{flat(f).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()) + "\n\n" + bullets("- {}", notes) + "\n",
         html=f"<h2>{escape(title)}</h2>\n" + "\n".join(f"<p>{escape(h)}</p>\n{f.to_html(border=0)}" for h, f in frames.items()) + "\n<ul>\n" + bullets("<li>{}</li>", map(escape, notes)) + "\n</ul>\n",
         tex="\n".join(_latex(f, f"{title}. {h}" if h else title) for h, f in frames.items()) + bullets("% {}", notes) + "\n")
     try:

@@ -389,7 +389,7 @@ def _slim(got, store):
     for t in stages_of(w.last.values()):
         if t.stage in ("stage1", "stage2", "contrastive", "memory"): store.drop(t, record=False)
 
-# %% ../nbs/14_reproduce.ipynb #0fb2d753
+# %% ../nbs/14_reproduce.ipynb #ed8f1126
 def results(
     target:str, # of `TARGETS`
     **parameters, # profile, root, seeds, categories, settings, store, device: see `options`
@@ -399,10 +399,13 @@ def results(
     store = Store(o.store)
     path = sheet_path(target, o, store)
     made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if made is None or made["failed"] and not os.environ.get("TOCOAD_READ_ONLY"): made = compute([target], o)[target]
+    if made is None or made["failed"] and not os.environ.get("TOCOAD_READ_ONLY") or not _whole(made, store): made = compute([target], o)[target]
     return Results(made, store)
 
-# %% ../nbs/14_reproduce.ipynb #1dabdc56
+def _whole(made, store): # the arrays that a figure draws are still there
+    return all((store.root/a["stage"]/f"{a['key']}.safetensors").exists() for a in made["arrays"])
+
+# %% ../nbs/14_reproduce.ipynb #b35c25c8
 def needed(
     targets, # of `TARGETS`
 ) -> list: # targets that have runs
@@ -429,7 +432,7 @@ def regenerate(
     "Tables and figures into a folder"
     store, failed = Store(o.store), {}
     made = {t: json.loads(p.read_text(encoding="utf-8")) for t in needed(targets) if (p := sheet_path(t, o, store)).exists()}
-    missing = [t for t in needed(targets) if t not in made or made[t]["failed"]]
+    missing = [t for t in needed(targets) if t not in made or made[t]["failed"] or not _whole(made[t], store)]
     if missing: made |= compute(missing, o, workers, keep, log, quiet)
     for t, s in made.items():
         for why in Results(s).failed: failed.setdefault(t, []).append(why)
@@ -477,7 +480,7 @@ def _missing(targets, o, d, c, known, store):
     for t in wanted(mine, o, d, c, link, partial(_make, known["fingerprint"]), known["masks"]).last.values(): need(t)
     return list(out.values())
 
-# %% ../nbs/14_reproduce.ipynb #48f79c28
+# %% ../nbs/14_reproduce.ipynb #6a46e09a
 PARAMETERS = ("profile", "root", "store", "out", "seeds", "categories", "device", "settings")
 
 def notebook_of(
@@ -499,9 +502,13 @@ def run_notebook(
     source, done = source or notebook_of(target), Path(out)/"notebooks"/f"{target}.ipynb"
     done.parent.mkdir(parents=True, exist_ok=True)
     if (odd := sorted(set(parameters) - set(papermill.inspect_notebook(str(source))))): return f"{source.name} has no parameter {odd[0]!r}: add it to its cell tagged parameters."
-    try: papermill.execute_notebook(str(source), str(done), parameters, kernel_name="python3", progress_bar=False, log_output=False)
-    except papermill.PapermillExecutionError as e: return f"{source.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''} (kept as {done})"
-    except Exception as e: return f"{source.name} could not be run: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    for _ in range(2): # kernels that start at the same moment can pick the same port
+        try:
+            papermill.execute_notebook(str(source), str(done), parameters, kernel_name="python3", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
+            return None
+        except papermill.PapermillExecutionError as e: return f"{source.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''} (kept as {done})"
+        except Exception as e: why = f"{source.name} could not be run: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    return why
 
 # %% ../nbs/14_reproduce.ipynb #75573643
 def run_notebooks(
