@@ -9,7 +9,7 @@ __all__ = ['parser', 'settle', 'run', 'settle_reproduce', 'reproduce', 'runs', '
 import argparse, contextlib, json, logging, sys
 from pathlib import Path
 
-# %% ../nbs/15_cli.ipynb #1210dbef
+# %% ../nbs/15_cli.ipynb #02d2b954
 def _run_options(p):
     p.add_argument("--root", type=Path, help="folder that holds the category's folder; without it: the embedded mini data set")
     p.add_argument("--dataset", default=None, help="layout and name of the data set, such as mvtec_ad (default: mvtec_ad, or mini without --root)")
@@ -23,6 +23,7 @@ def _run_options(p):
     p.add_argument("--json", action="store_true", help="print the record as one JSON document instead of a table")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
 
+# %% ../nbs/15_cli.ipynb #2ba460ac
 def _reproduce_options(p):
     p.add_argument("targets", nargs="+", metavar="TARGET", help="table1 ... table9, figure1 ... figure7, audit, verdict, tables, figures, or all")
     p.add_argument("--profile", default=None, choices=("paper", "laptop", "smoke"), help="default: laptop, or smoke without --root")
@@ -39,6 +40,7 @@ def _reproduce_options(p):
     p.add_argument("--dry-run", action="store_true", help="say what would be computed, how much of it is stored, and how long the rest takes")
     p.add_argument("--quiet", action="store_true", help="no progress")
 
+# %% ../nbs/15_cli.ipynb #ffaefb75
 def _runs_options(p):
     sub = p.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, what in dict(list="the stored runs", show="one record, whole", prune="drop what no table needs").items():
@@ -128,7 +130,7 @@ def settle_reproduce(
     if a.workers and a.workers.startswith("local:") and not (a.workers[6:].isdigit() and int(a.workers[6:])): raise BadInput(f"--workers {a.workers}: write local:2 for two processes.")
     return targets, o, extra
 
-# %% ../nbs/15_cli.ipynb #ffc6f7b6
+# %% ../nbs/15_cli.ipynb #37a0911a
 def reproduce(
     a, # parsed options of `reproduce`
     targets, o, extra, # what they describe, from `settle_reproduce`
@@ -156,6 +158,7 @@ def _forecast(r, targets, o):
         f"{f.runs.sum()} runs in {f.stages.sum()} stages after sharing; {f.stored.sum()} stages stored or not needed, {f['compute'].sum()} to compute",
         f"about {f.hours.sum():.1f} hours ({how})" if f.hours.sum() >= 1 else f"about {60*f.hours.sum():.1f} minutes ({how})", *(f"not there: {d}: {', '.join(cs)}" for d, cs in missing.items())])
 
+# %% ../nbs/15_cli.ipynb #1dc2bc7e
 def _log(path, quiet):
     "A function that writes lines to a file and, if nobody watches bars, to the terminal"
     handlers = [logging.FileHandler(path, encoding="utf-8")] + ([] if quiet or sys.stderr.isatty() else [logging.StreamHandler()])
@@ -178,7 +181,7 @@ def _workers(address):
         return
     with LocalCluster(n_workers=int(address[6:]), threads_per_worker=1, memory_limit=0, dashboard_address=None) as cluster, Client(cluster) as client: yield client
 
-# %% ../nbs/15_cli.ipynb #5dc52a7a
+# %% ../nbs/15_cli.ipynb #cb76bbef
 def runs(
     a, # parsed options of `runs`
 ) -> int: # exit status
@@ -194,6 +197,7 @@ def runs(
     if len(found) != 1: raise BadInput(f"{len(found)} records begin with {a.key!r}: `tocoad runs list` shows the keys.")
     print(json.dumps(found[0], indent=1)); return 0
 
+# %% ../nbs/15_cli.ipynb #f2d27198
 def _list(store, records):
     "A line for each scored run, and what the stages take"
     for r in (r for r in records if r["stage"] == "metrics"):

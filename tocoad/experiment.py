@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'DIFFERENCES', 'EDGES', 'make_generator', 'make_views', 'm
            'tasks', 'Comparison', 'find_device', 'compare', 'record', 'carry_out_all', 'submit', 'perlin_steps',
            'visible_draw', 'colours', 'guide', 'origin', 'cloud', 'patch_labels', 'histograms', 'tour', 'tour_task']
 
-# %% ../nbs/12_experiment.ipynb #9e902472
+# %% ../nbs/12_experiment.ipynb #0db25eaf
 import copy, threading, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,7 +22,7 @@ from .anomaly import GENERATORS, Perlin, pick_textures, rotate, textures, turn, 
 from .contrast import CONTRASTS, PREDICTORS, Heads, Views
 from .data import Category, crop, load, to_float
 from .discriminator import LOSSES, Discriminator
-from .features import Features, file_sha256, weights_path
+from .features import BACKBONES, Features, file_sha256, weights_path
 from .finetune import finetune
 from .memory import PATCHES, SCORERS, Memory, anomaly_maps, coreset, image_scores, patch_features
 from .metrics import evaluate, mean_std, paired_bootstrap, paired_bootstrap_pixels
@@ -95,7 +95,7 @@ def pairs(
     short = {k: (x[0, :d]*x.shape[1]**.5).numpy() for k, x in unit_length.items()}
     return {k: np.round(v.astype(float), 4).tolist() for k, v in (short | {f"{p}{z}": (unit_length[p] @ unit_length[z].T).numpy() for p, z in (("p1", "z2"), ("p2", "z1"))}).items()}
 
-# %% ../nbs/12_experiment.ipynb #91259b24
+# %% ../nbs/12_experiment.ipynb #55c732e5
 def _arrays(module): return {k: v.detach().cpu().contiguous().numpy() for k, v in module.state_dict().items()}
 def _fill(module, arrays): module.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()}); return module
 def _loss(c, parts): return parts.get("loss") or LOSSES[c.loss]
@@ -107,6 +107,7 @@ def stage1(c, data, got, parts, device, progress):
     log = pretrain(F, D, G, images, c.epochs1, c.batch, c.lr1, _loss(c, parts), c.bn, c.size, c.seed, progress)
     return dict(log=log, discriminator_auroc=check_discriminator(F, D, G, images, size=c.size)), _arrays(D)
 
+# %% ../nbs/12_experiment.ipynb #a3628727
 def stage2(c, data, got, parts, device, progress):
     "F tuned by C and by D's guide"
     F, D = make_networks(c, device)
@@ -276,7 +277,7 @@ def carry_out(
     say(t, r, True)
     return r
 
-# %% ../nbs/12_experiment.ipynb #8b3a3ac9
+# %% ../nbs/12_experiment.ipynb #4f3fe91d
 _REGISTRIES = dict(generator=(GENERATORS, "generator"), loss=(LOSSES, "loss"), contrast=(CONTRASTS, "contrast"), head=(PREDICTORS, "predictor"), patches=(PATCHES, "patches"), scorer=(SCORERS, "scorer"))
 
 def describe(
@@ -290,15 +291,17 @@ def describe(
     return {k: f"{x.__module__}.{x.__qualname__}" if own(x) else source_of(x) for k, x in used.items()}
 
 @lru_cache
+def _file_id(backbone, weights, at): return file_sha256(weights_path(backbone) if weights == "imagenet" else weights)[:16]
+
 def weights_id(
     backbone:str, # a key of `BACKBONES`
     weights:str, # "imagenet", "random" or a path
 ) -> str: # 16 hexadecimal digits, or "random"
     "Hash of the weights that F starts from"
+    if backbone not in BACKBONES: raise BadInput(f"Unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     if weights == "random": return weights
-    path = weights_path(backbone) if weights == "imagenet" else Path(weights)
-    if not path.is_file(): raise BadInput(f"No weights at {path}; give 'imagenet', 'random' or the path of a state dict for {backbone}.")
-    return file_sha256(path)[:16]
+    if weights != "imagenet" and not Path(weights).is_file(): raise BadInput(f"No weights at {weights}; give 'imagenet', 'random' or the path of a state dict for {backbone}.")
+    return _file_id(backbone, weights, None if weights == "imagenet" else Path(weights).stat().st_mtime_ns)
 
 def tasks(
     cfg:Config,
@@ -355,7 +358,7 @@ def find_device(
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"There is no device {name!r} here ({str(e).splitlines()[0].rstrip('.')}); leave --device out or choose cpu.") from None
 
-# %% ../nbs/12_experiment.ipynb #46c9af0a
+# %% ../nbs/12_experiment.ipynb #5a7c605f
 def compare(
     cfg:Config, # all fields but method and seed
     seeds:tuple=(0,), # one run of every method each
@@ -386,6 +389,7 @@ def compare(
     stages = pd.DataFrame(stages).drop_duplicates(["method", "seed", "stage"])
     return Comparison(cfg, data, tuple(seeds), image, maps, pd.DataFrame(rows), logs, stages, time.perf_counter() - start, gpu)
 
+# %% ../nbs/12_experiment.ipynb #8fd716d5
 def _training(values):
     "Logs of the training stages as a record keeps them"
     out = {"stage2" if s == "contrastive" else s: v["log"] for s, v in values.items()}
@@ -442,7 +446,7 @@ def carry_out_all(
         except Failed as e: out[t] = str(e)
     return out
 
-# %% ../nbs/12_experiment.ipynb #8b72e3bd
+# %% ../nbs/12_experiment.ipynb #e68dd675
 _one_at_a_time = threading.Lock()
 
 @lru_cache(maxsize=4)
@@ -457,6 +461,7 @@ def _on_worker(t, where, store, device, *before):
             carry_out(t, _category(*where), Store(store), {}, find_device(device), tensors=bool(t.stage != "metrics"))
         except Exception as e: return f"{t.stage}: {_reason(e)}"
 
+# %% ../nbs/12_experiment.ipynb #e45826db
 def submit(
     client, # `dask.distributed.Client`
     last, # tasks, the last stage of each run

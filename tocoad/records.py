@@ -195,7 +195,7 @@ def _definitions(text):
         for name in bound: out.setdefault(name, []).append(n)
     return out
 
-# %% ../nbs/11_records.ipynb #88c59c0b
+# %% ../nbs/11_records.ipynb #de344894
 BY_NAME = ("published",) # rooms followed by name, beside the function's own
 
 def reach(
@@ -216,6 +216,7 @@ def reach(
             own.add((room, n)); todo += [(room, x.id) for d in _definitions(texts[room])[n] for x in ast.walk(d) if isinstance(x, ast.Name)]
     return own, rooms
 
+# %% ../nbs/11_records.ipynb #55b8c06f
 def fingerprint(
     function:str, # "experiment.stage1"
     texts:dict|None=None, # room -> source; None: as loaded
@@ -272,7 +273,7 @@ def source_of(
     seen.add(id(x))
     return f"{source_of(type(x), seen)} with {source_of(vars(x), seen) if hasattr(x, '__dict__') else repr(x)}"
 
-# %% ../nbs/11_records.ipynb #b808f09d
+# %% ../nbs/11_records.ipynb #f9bc494d
 def _bytes_of(x, seen):
     "Modules and arrays by their content"
     if hasattr(x, "state_dict"):
@@ -296,6 +297,7 @@ def _definition_of(x, seen):
     values = [] if isinstance(x, types.FunctionType) else [source_of(v, seen) for k, v in vars(x).items() if not k.startswith("__") and isinstance(v, (int, float, str, tuple, list, dict))]
     return "\n".join([text, *bases, *values, *(m for f in functions for m in _mentions(f, seen))])
 
+# %% ../nbs/11_records.ipynb #f5a8b5b1
 def _written(f, x): # in the class's own module, not made by a decorator such as `dataclass`
     return isinstance(f, types.FunctionType) and f.__globals__.get("__name__") == x.__module__ and f.__code__.co_filename != "<string>"
 
@@ -341,7 +343,7 @@ STAGES = {
     "tour": Stage("experiment.tour", (*_EXTRACTOR, *_GENERATOR, "scale", "colour", "loss", "patches", "dims", "sigma"), ("loss", "views", "patches"), 1.)}
 PARTS = ("generator", "loss", "contrast", "views", "head", "patches", "sampler", "scorer")
 
-# %% ../nbs/11_records.ipynb #dda49cb5
+# %% ../nbs/11_records.ipynb #da06e378
 @dataclass(frozen=True)
 class Task:
     "One stage with everything its result depends on"
@@ -364,6 +366,7 @@ def folder_stat(
     found = sorted((str(p.relative_to(folder)), (s := p.stat()).st_size, s.st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file())
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
+# %% ../nbs/11_records.ipynb #3d576cea
 def task(
     stage:str, # a key of `STAGES`
     cfg:Config,
@@ -418,13 +421,14 @@ def write_json(
         raise BadInput(f"Cannot write {path}: {e.strerror}; choose another folder with {option}.") from None
     return path
 
-# %% ../nbs/11_records.ipynb #379d88de
+# %% ../nbs/11_records.ipynb #fb24bed7
 FORMAT = 1
 
 def default_store() -> Path: # may not exist yet
     "`TOCOAD_STORE`, or `store` in the cache folder (`TOCOAD_CACHE`, or ~/.cache/tocoad)."
     return Path(os.environ.get("TOCOAD_STORE") or Path(os.environ.get("TOCOAD_CACHE") or "~/.cache/tocoad")/"store").expanduser()
 
+# %% ../nbs/11_records.ipynb #0f639d3d
 class Store:
     "Stored stages in a folder"
     def __init__(self,
@@ -451,7 +455,7 @@ class Store:
         with FileLock(path): yield
         with suppress(OSError): path.unlink()
 
-# %% ../nbs/11_records.ipynb #af75a692
+# %% ../nbs/11_records.ipynb #d75634cc
 def _read(path):
     try: return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
@@ -483,6 +487,7 @@ def load(self:Store,
     "The tensors under a key"
     return load_file(self.root/stage/f"{key}.safetensors")
 
+# %% ../nbs/11_records.ipynb #e299db4d
 @patch
 def put(self:Store,
     t:Task,
@@ -502,6 +507,7 @@ def put(self:Store,
     with open(self.root/"journal.txt", "a") as f: f.write(f"{r['written']} {t.stage} {t.key} {t.cfg.dataset}/{t.cfg.category} seed {t.cfg.seed} {about.get('seconds', 0):.2f} s\n")
     return self.record(t)
 
+# %% ../nbs/11_records.ipynb #287d22d1
 @patch
 def drop(self:Store,
     t, # a task or a record

@@ -127,7 +127,7 @@ class Value:
         part = f" ({len(self.of)} of {self.whole})" if len(self.of) < self.whole else ""
         return ("-" if np.isnan(self.mean) else f"{self.mean:.2f}") + ("" if np.isnan(self.std) else f" ± {self.std:.2f}") + part
 
-# %% ../nbs/13_report.ipynb #90e80ea2
+# %% ../nbs/13_report.ipynb #c1cb88b8
 def value(
     r:Results,
     row:str, # name of a row
@@ -143,6 +143,7 @@ def value(
     mean, std = mean_std(w.mean(axis=1)) if w.shape[1] else (np.nan, np.nan)
     return Value(mean, std, len(w), tuple(w.columns), 0 if isinstance(over, str) else len(names))
 
+# %% ../nbs/13_report.ipynb #37ed5740
 def gain(
     r:Results,
     row:str, # name of a row
@@ -157,7 +158,7 @@ def gain(
     if not len(t): return None
     return mean_interval([Interval(x.mean, x.low, x.high, .95, 1000) for x in t.itertuples()])
 
-# %% ../nbs/13_report.ipynb #cd57a67d
+# %% ../nbs/13_report.ipynb #2b9c2859
 def _pair(parts, sign=False):
     texts = ["-" if p is None or isinstance(p, float) and np.isnan(p) else f"{p:+.2f}" if sign else str(p) for p in parts]
     return "-" if set(texts) == {"-"} else " / ".join(texts)
@@ -184,9 +185,11 @@ def comparison(
             ours = [value(r, m, k, dataset, over) for k in metrics]
             row[m, "ours"] = _pair([None if np.isnan(v.mean) else v for v in ours])
             if m in names: row[m, "ours - published"] = _pair([v.mean - k if len(v.of) >= v.whole else np.nan for v, k in zip(ours, known)], sign=True)
-    return pd.DataFrame(list(out.values()), index=pd.MultiIndex.from_tuples(out, names=[None, " / ".join(map(label, metrics))])).fillna("-")
+    return _levels(pd.DataFrame(list(out.values()), index=pd.MultiIndex.from_tuples(out, names=[None, " / ".join(map(label, metrics))])).fillna("-"))
 
-# %% ../nbs/13_report.ipynb #0b207b94
+def _levels(frame): return frame.set_axis(pd.MultiIndex.from_tuples(frame.columns), axis=1) if len(frame.columns) else frame
+
+# %% ../nbs/13_report.ipynb #8dc72db7
 def gains(
     r:Results, # of table1, table2 or table3
     base:str="frozen F", # the row to compare with
@@ -200,7 +203,7 @@ def gains(
         for name, over, whole in [(c, c, 1) for c in there] + [(a, cs, len(groups_of(d, n == 1)[a])) for a, cs in averages.items() if cs]:
             part = f" ({len(over)} of {whole})" if not isinstance(over, str) and len(over) < whole else ""
             out[label(name) + part] = {(m, label(k)): _interval(gain(r, m, base, k, d, over)) for m in r.rows if m != base for k in _metrics(n)}
-    return pd.DataFrame(out).T.rename_axis(None)
+    return _levels(pd.DataFrame(list(out.values()), index=list(out)))
 
 def _part(r, row, base, metric, names):
     "How many categories a mean difference is taken over, if not all"
@@ -210,7 +213,7 @@ def _part(r, row, base, metric, names):
 
 def _interval(d): return "-" if d is None else f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
 
-# %% ../nbs/13_report.ipynb #1fbb905b
+# %% ../nbs/13_report.ipynb #c6165174
 def ablation(
     r:Results, # of table4 to table9
     rows, # of `reproduce.Row`
@@ -231,9 +234,9 @@ def ablation(
                 row[label(m), to] = "(reference)" if x.name == base == reference else _interval(gain(r, x.name, base, m, dataset, every)) + _part(r, x.name, base, m, every)
     columns = [label(k) for k, _ in next(y.label for y in rows if y.label)]
     index = pd.MultiIndex.from_tuples(out, names=columns) if len(columns) > 1 else pd.Index([k[0] for k in out], name=columns[0])
-    return pd.DataFrame(list(out.values()), index=index)
+    return _levels(pd.DataFrame(list(out.values()), index=index))
 
-# %% ../nbs/13_report.ipynb #6449ed0d
+# %% ../nbs/13_report.ipynb #e30d17fe
 def forest(
     panels:dict, # heading -> series -> label -> `Interval` or None, per cent
     heading:str="",
@@ -256,6 +259,7 @@ def forest(
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8); fig.suptitle(heading, fontsize=8)
     return fig
 
+# %% ../nbs/13_report.ipynb #f2454dc1
 def ablation_forest(
     r:Results, # of table4 to table9
     rows, # of `reproduce.Row`
@@ -288,7 +292,7 @@ def notes(
     if r.target[5:].isdigit(): out += [str(x) for x in published.remarks(int(r.target[5:]))]
     return out
 
-# %% ../nbs/13_report.ipynb #97ae2e2c
+# %% ../nbs/13_report.ipynb #31cebced
 def tidy(
     r:Results,
 ) -> pd.DataFrame: # dataset, category, row, metric, mean, std, seeds, categories averaged, base and gain with interval; per cent
@@ -305,6 +309,7 @@ def tidy(
                     out += [one | dict(base=b, gain=g.mean, low=g.low, high=g.high) for b, g in found.items() if g is not None] or [one]
     return pd.DataFrame(out)
 
+# %% ../nbs/13_report.ipynb #c3133dcf
 def write_table(
     frames:dict, # heading -> table of text
     name:str, # such as "table5"

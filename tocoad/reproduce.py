@@ -9,12 +9,13 @@ __all__ = ['TARGETS', 'TOURS', 'GALLERIES', 'FROZEN', 'FOLDERS', 'MINI', 'PROFIL
            'sheet', 'compute', 'results', 'needed', 'expand', 'regenerate', 'forecast', 'notebook_of', 'run_notebook',
            'run_notebooks', 'write_index']
 
-# %% ../nbs/14_reproduce.ipynb #7308dec9
+# %% ../nbs/14_reproduce.ipynb #2aab07b6
 import hashlib, html, json, os, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from . import published
@@ -101,7 +102,7 @@ def find(
         if there: return folder, there, [c for c in every if c not in there]
     return None, [], list(every)
 
-# %% ../nbs/14_reproduce.ipynb #7124e6b6
+# %% ../nbs/14_reproduce.ipynb #7e565aa5
 @dataclass(frozen=True)
 class Options:
     "What to reproduce with"
@@ -129,6 +130,7 @@ class Options:
     @property
     def place(self): return None if self.root is None else Path(self.root).expanduser()
 
+# %% ../nbs/14_reproduce.ipynb #8c5c3a0c
 def options(
     profile:str="smoke", root=None, seeds=(0,), categories=None, settings=(), store=None, device=None, # see `Options`
     **_, # other parameters of a notebook
@@ -232,7 +234,7 @@ def _make(data, stage, cfg, needs, **extra):
     from tocoad.records import task
     return task(stage, cfg, data, None, needs, **extra)
 
-# %% ../nbs/14_reproduce.ipynb #18c6903a
+# %% ../nbs/14_reproduce.ipynb #5fed2322
 GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50_2=22.9) # one forward pass of one image at 224
 ASSUMED = dict(cpu=60., cuda=60e3) # GFLOP/s
 
@@ -256,11 +258,11 @@ def estimate(
     per = lambda t: rates.get((t.stage, t.cfg.backbone, t.cfg.size, device), GFLOP.get(t.cfg.backbone, 10)*(t.cfg.size/224)**2/ASSUMED[device])
     return sum(per(t)*_work(t, n) for t in tasks)
 
+# %% ../nbs/14_reproduce.ipynb #cda185cf
 def rates_in(
     store:Store,
 ) -> dict: # (stage, backbone, size, kind of device) -> seconds per unit of work
     "Rates of the stored stages"
-    from types import SimpleNamespace
     found = {}
     for r in store.records():
         c = SimpleNamespace(**r["config"])
@@ -341,7 +343,7 @@ def compute(
         write_json(sheets[t], sheet_path(t, o, store), "--store")
     return sheets
 
-# %% ../nbs/14_reproduce.ipynb #e965a9e5
+# %% ../nbs/14_reproduce.ipynb #77e28d7d
 def _note(store, folder, dataset, category, size):
     "Where the store notes the fingerprint of a category's images"
     at = [dataset, category, size, folder and str((folder/category).resolve()), folder and folder_stat(folder/category)]
@@ -371,6 +373,7 @@ def _group(experiment, targets, o, dataset, category, store, device, workers, lo
         if isinstance(r, str): log(f"{dataset}/{category}: {t.stage} {t.cfg.method} seed {t.cfg.seed} failed: {r}")
     return w, out
 
+# %% ../nbs/14_reproduce.ipynb #4546afae
 def _spread(experiment, last, where, store, device, client, say):
     "Run the missing stages on a cluster: task's key -> why it failed"
     from dask.distributed import as_completed
@@ -405,7 +408,7 @@ def results(
 def _whole(made, store): # the arrays that a figure draws are still there
     return all((store.root/a["stage"]/f"{a['key']}.safetensors").exists() for a in made["arrays"])
 
-# %% ../nbs/14_reproduce.ipynb #b35c25c8
+# %% ../nbs/14_reproduce.ipynb #549d28c3
 def needed(
     targets, # of `TARGETS`
 ) -> list: # targets that have runs
@@ -422,6 +425,7 @@ def expand(
     for w in words: one_of(w, [*TARGETS, *many], "a table or figure")
     return list(dict.fromkeys(t for w in words for t in many.get(w, (w,))))
 
+# %% ../nbs/14_reproduce.ipynb #41138535
 def regenerate(
     targets, # of `TARGETS`
     o:Options,
@@ -441,7 +445,7 @@ def regenerate(
     write_index(out, bad)
     return failed
 
-# %% ../nbs/14_reproduce.ipynb #cd2a7032
+# %% ../nbs/14_reproduce.ipynb #39b7dbde
 def forecast(
     targets, # of `TARGETS`
     o:Options,
@@ -460,6 +464,7 @@ def forecast(
                         hours=estimate(missing, n, rates, kind)/3600, measured=bool(missing) and all((t.stage, t.cfg.backbone, t.cfg.size, kind) in rates for t in missing)))
     return pd.DataFrame(out, columns=["dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"])
 
+# %% ../nbs/14_reproduce.ipynb #17e72e8f
 def _default():
     from tocoad.records import default_store
     return default_store()
