@@ -1,7 +1,11 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+STORE = tempfile.TemporaryDirectory()
+os.environ["TOCOAD_STORE"] = f"{STORE.name}/store" # tests neither read nor fill the user's own
 
 REAL = Path(os.environ.get("TOCOAD_DATA", Path(__file__).parents[2]/"shared"/"data"))
 

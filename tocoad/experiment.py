@@ -223,16 +223,16 @@ def unit(
     low, high = np.quantile(good, [.5, .99])
     return (maps - low)/max(high - low, 1e-12)
 
-# %% ../nbs/12_experiment.ipynb #ba6b0130
+# %% ../nbs/12_experiment.ipynb #86dbab2b
 def pick(
     labels, # (N,), true = anomalous
     defects, # (N,) names
-    scores, # (N,) image scores
+    image, # (N,) image scores
     n:int=8, # how many images at most
 ) -> list: # indices: of each kind of defect in turn the image with the median score, then others, and one good image
     "A fair choice of test images: neither the best nor the worst"
     kinds = [d for d in dict.fromkeys(defects) if d != "good"]
-    ranked = {d: sorted((i for i, e in enumerate(defects) if e == d), key=lambda i: scores[i]) for d in [*kinds, "good"]}
+    ranked = {d: sorted((i for i, e in enumerate(defects) if e == d), key=lambda i: image[i]) for d in [*kinds, "good"]}
     spread = {d: sorted(v, key=lambda i: abs(v.index(i) - (len(v) - 1)/2)) for d, v in ranked.items()}
     order = [spread[d][k] for k in range(n) for d in kinds if k < len(spread[d])]
     return order[:n - bool(spread["good"])] + spread["good"][:1]
