@@ -358,7 +358,7 @@ def find_device(
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"There is no device {name!r} here ({str(e).splitlines()[0].rstrip('.')}); leave --device out or choose cpu.") from None
 
-# %% ../nbs/12_experiment.ipynb #5a7c605f
+# %% ../nbs/12_experiment.ipynb #6fa190db
 def compare(
     cfg:Config, # all fields but method and seed
     seeds:tuple=(0,), # one run of every method each
@@ -383,7 +383,7 @@ def compare(
             for stage in ("scores", "metrics"): r = carry_out(ts[stage], data, store, parts, device, progress, say, stage == "scores")
             rows.append(dict(method=method, seed=seed, **{k: np.nan if v is None else v for k, v in r["values"].items()}))
             out[method].append(maps_of(store.tensors(ts["scores"])["patch_scores"], ts["scores"].cfg))
-            logs[method, seed] = _training({s: store.record(t)["values"] for s, t in ts.items() if "stage" in s or s == "contrastive" if store.record(t)})
+            logs[method, seed] = _training({s: store.record(t)["values"] for s, t in ts.items() if s in ("stage1", "stage2", "contrastive") and store.record(t)})
     image, maps = ({m: np.stack([o[i] for o in out[m]]) for m in methods} for i in (0, 1))
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     stages = pd.DataFrame(stages).drop_duplicates(["method", "seed", "stage"])
@@ -446,7 +446,7 @@ def carry_out_all(
         except Failed as e: out[t] = str(e)
     return out
 
-# %% ../nbs/12_experiment.ipynb #e68dd675
+# %% ../nbs/12_experiment.ipynb #3fe8a548
 _one_at_a_time = threading.Lock()
 
 @lru_cache(maxsize=4)
@@ -458,7 +458,7 @@ def _on_worker(t, where, store, device, *before):
     with _one_at_a_time:
         try:
             if fingerprint(STAGES[t.stage].function) != t.about["code"]: raise BadInput("the worker has other source than the client: install the same version on both")
-            carry_out(t, _category(*where), Store(store), {}, find_device(device), tensors=bool(t.stage != "metrics"))
+            carry_out(t, _category(*where), Store(store), {}, find_device(device), tensors=True)
         except Exception as e: return f"{t.stage}: {_reason(e)}"
 
 # %% ../nbs/12_experiment.ipynb #e45826db

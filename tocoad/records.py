@@ -366,7 +366,7 @@ def folder_stat(
     found = sorted((str(p.relative_to(folder)), (s := p.stat()).st_size, s.st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file())
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
-# %% ../nbs/11_records.ipynb #3d576cea
+# %% ../nbs/11_records.ipynb #791f1269
 def task(
     stage:str, # a key of `STAGES`
     cfg:Config,
@@ -383,7 +383,7 @@ def task(
     about = dict(stage=stage, fields=fields, data=data, weights=weights if "weights" in s.fields else None, code=fingerprint(s.function),
                  needs=[t.key for t in needs], parts={k: parts[k] for k in s.parts if k in parts}, extra=extra)
     text = json.dumps(about, sort_keys=True, default=list)
-    own = tuple(k for k, v in parts.items() if not v.startswith("tocoad."))
+    own = tuple(k for k, v in parts.items() if not v.startswith("tocoad.") or " " in v)
     return Task(stage, cfg, hashlib.sha256(text.encode()).hexdigest()[:24], tuple(needs), about, own)
 
 # %% ../nbs/11_records.ipynb #e00bb45c

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TARGETS', 'TOURS', 'GALLERIES', 'FROZEN', 'FOLDERS', 'MINI', 'PROFILE_OF', 'METRICS', 'GFLOP', 'ASSUMED',
            'PARAMETERS', 'changes', 'Row', 'rows', 'distinct', 'datasets', 'find', 'Options', 'options', 'groups',
-           'against', 'Wanted', 'wanted', 'stages_of', 'outline', 'images_in', 'estimate', 'rates_in', 'sheet_path',
-           'sheet', 'compute', 'results', 'needed', 'expand', 'regenerate', 'forecast', 'notebook_of', 'run_notebook',
+           'against', 'wanted', 'stages_of', 'outline', 'images_in', 'estimate', 'rates_in', 'sheet_path', 'sheet',
+           'compute', 'results', 'needed', 'expand', 'regenerate', 'forecast', 'notebook_of', 'run_notebook',
            'run_notebooks', 'write_index']
 
-# %% ../nbs/14_reproduce.ipynb #2aab07b6
+# %% ../nbs/14_reproduce.ipynb #d2213688
 import hashlib, html, json, os, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from . import published
 from .published import CATEGORIES, DEFAULT, BadInput, one_of
-from .records import PACKAGE, STAGES, Store, chain, config, fingerprint, folder_stat, settings, write_json
-from .report import Results
+from .records import PACKAGE, STAGES, Store, chain, config, default_store, fingerprint, folder_stat, settings, task, write_json
+from .report import Results, groups_of
 
 # %% ../nbs/14_reproduce.ipynb #a8f979f1
 TARGETS = (*(f"table{n}" for n in range(1, 10)), *(f"figure{n}" for n in range(1, 8)), "audit", "verdict")
@@ -76,9 +76,9 @@ def distinct(
     own = lambda c: dict(method="frozen") if c["method"] == "frozen" else c if c["method"] == "two_stage" else {k: c[k] for k in ("method", "layers", "concat", "contrast")}
     return {json.dumps(own(r.changes), default=list, sort_keys=True) for t in targets for r in rows(t)}
 
-# %% ../nbs/14_reproduce.ipynb #6cc75c59
+# %% ../nbs/14_reproduce.ipynb #9a0370b9
 FOLDERS = dict(mvtec_ad=("mvtec_ad", "mvtec", "MVTec_AD", "mvtec_anomaly_detection"), visa=("visa", "VisA", "VisA_20220922"), btad=("btad", "BTAD", "BTech_Dataset_transformed"))
-MINI = ("brick", "grass", "gravel", "washer", "plug")
+MINI = groups_of("mini")["total_avg"]
 PROFILE_OF = {("paper", "btad"): dict(epochs2=150)} # gap 45
 
 def datasets(
@@ -167,13 +167,7 @@ def against(
     more = [(by[l, "Focal"], by[l, "CE"]) for l, kind in by if kind == "Focal"] if target == "table6" else [(by["Perlin",], by["NSA",])] if target == "table7" else []
     return list(dict.fromkeys([(r, FROZEN) for r in every if not same(r)] + [(r, b) for b in base for r in every if r is not b and r is not FROZEN] + more))
 
-# %% ../nbs/14_reproduce.ipynb #72c78054
-@dataclass
-class Wanted:
-    "The last tasks of a group, by what they are for"
-    runs: dict = field(default_factory=dict) # (row's name, changes, seed) -> chain
-    last: dict = field(default_factory=dict) # ("metrics" | "difference" | "gallery" | "tour", ...) -> `Task`
-
+# %% ../nbs/14_reproduce.ipynb #42a3576c
 def wanted(
     targets, # that need the group
     o:Options, dataset:str, category:str, # the group
@@ -181,9 +175,9 @@ def wanted(
     make, # function: (stage, cfg, needs, **extra) -> `Task`
     masks:bool=True, # whether pixel metrics exist
     tour=None, # function: `Config` -> `Task`
-) -> Wanted:
-    "All tasks that targets want of a group, each once"
-    w, known = Wanted(), {}
+) -> dict: # ("metrics" | "difference" | "gallery" | "tour", target, ...) -> last `Task`
+    "All tasks that targets want of a group, by what they are for"
+    last, known = {}, {}
     def run(row, seed):
         "The chain of a row and seed"
         cfg = o.config(dataset, category, seed, row)
@@ -191,19 +185,18 @@ def wanted(
         return known[cfg]
     for t in targets:
         if t in TOURS:
-            w.last["tour", t] = tour(o.config(dataset, category, o.seeds[0], rows(t)[1])); continue
+            last["tour", t] = tour(o.config(dataset, category, o.seeds[0], rows(t)[1])); continue
         if t in GALLERIES:
             a, b = (run(r, o.seeds[0])["scores"] for r in rows(t))
-            w.last["gallery", t] = make("gallery", o.config(dataset, category, o.seeds[0], rows(t)[1]), (a, b), count=GALLERIES[t]); continue
+            last["gallery", t] = make("gallery", o.config(dataset, category, o.seeds[0], rows(t)[1]), (a, b), count=GALLERIES[t]); continue
         for row in rows(t):
-            for s in o.seeds: w.last["metrics", t, row.name, s] = run(row, s)["metrics"]
+            for s in o.seeds: last["metrics", t, row.name, s] = run(row, s)["metrics"]
         for (a, b), m in ((p, m) for p in against(t) for m in METRICS if masks or m.startswith("image")):
             sides = [run(r, s)["scores"] for r in (b, a) for s in o.seeds]
-            w.last["difference", t, a.name, b.name, m] = make("difference", o.config(dataset, category, o.seeds[0], a), tuple(sides), metric=m, draws=1000)
-    w.runs = known
-    return w
+            last["difference", t, a.name, b.name, m] = make("difference", o.config(dataset, category, o.seeds[0], a), tuple(sides), metric=m, draws=1000)
+    return last
 
-# %% ../nbs/14_reproduce.ipynb #41b3ef69
+# %% ../nbs/14_reproduce.ipynb #e0a978a8
 def stages_of(
     last, # tasks
 ) -> list: # all tasks they need, each once, in order
@@ -227,12 +220,10 @@ def outline(
     if everywhere: places = {(d, c): [t for t in targets if d in datasets(t)] for d in CATEGORIES for c in CATEGORIES[d]}
     for (d, c), ts in places.items():
         link = lambda cfg: chain(cfg, f"{d}/{c}", cfg.backbone)
-        out[d, c] = stages_of(wanted([t for t in ts if t not in TOURS], o, d, c, link, partial(_make, f"{d}/{c}")).last.values())
+        out[d, c] = stages_of(wanted([t for t in ts if t not in TOURS], o, d, c, link, partial(_make, f"{d}/{c}")).values())
     return out
 
-def _make(data, stage, cfg, needs, **extra):
-    from tocoad.records import task
-    return task(stage, cfg, data, None, needs, **extra)
+def _make(data, stage, cfg, needs, **extra): return task(stage, cfg, data, None, needs, **extra)
 
 # %% ../nbs/14_reproduce.ipynb #5fed2322
 GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50_2=22.9) # one forward pass of one image at 224
@@ -288,29 +279,29 @@ def sheet_path(
     made_from = [target, o.profile, o.settings, o.seeds, o.categories, here, files, [fingerprint(f) for f in _FUNCTIONS]]
     return store.root/"sheets"/f"{target}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}.json"
 
-# %% ../nbs/14_reproduce.ipynb #ed5538bc
+# %% ../nbs/14_reproduce.ipynb #66065b1f
 def sheet(
     target:str, # of `TARGETS`
     o:Options,
-    found:dict, # (data set, category) -> (`Wanted`, {task: record or reason}), or the reason why there are none
+    found:dict, # (data set, category) -> (tasks from `wanted`, {task: record or reason}), or the reason why there are none
 ) -> dict: # ready for JSON
     "What came of a target"
     runs, differences, failed, arrays, keys, machines = [], [], [], [], set(), {}
     for (dataset, category), got in found.items():
         at = dict(dataset=dataset, category=category)
         if isinstance(got, str): failed += [at | dict(row=r.name, seed=s, reason=got) for r in rows(target) for s in o.seeds]; continue
-        w, out = got
-        for (kind, t, *what), task in w.last.items():
+        last, out = got
+        for (kind, t, *what), end in last.items():
             if t != target: continue
-            r = out[task]
-            keys |= {n.key for n in stages_of([task])}
+            r = out[end]
+            keys |= {n.key for n in stages_of([end])}
             if isinstance(r, str):
                 if kind != "difference": failed.append(at | dict(row=what[0] if what else kind, seed=what[1] if what else o.seeds[0], reason=r))
                 continue
             machines[json.dumps(r["hardware"])] = r["versions"]
             if kind == "metrics": runs.append(at | dict(row=what[0], seed=what[1], values={k: _percent(v) for k, v in r["values"].items()}))
             elif kind == "difference": differences.append(at | dict(row=what[0], base=what[1], metric=what[2], **{k: _percent(r["values"][k]) for k in ("mean", "low", "high")}))
-            else: arrays.append(at | dict(kind=kind, stage=task.stage, key=task.key, values=r["values"]))
+            else: arrays.append(at | dict(kind=kind, stage=end.stage, key=end.key, values=r["values"]))
     missing = {d: find(o.place, d, o.categories)[2] for d in datasets(target)}
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds), mini=o.root is None, missing=missing, runs=runs, differences=differences,
                 failed=failed, arrays=arrays, hardware=[json.loads(m) for m in machines], versions=list(machines.values()), keys=sorted(keys))
@@ -343,7 +334,7 @@ def compute(
         write_json(sheets[t], sheet_path(t, o, store), "--store")
     return sheets
 
-# %% ../nbs/14_reproduce.ipynb #77e28d7d
+# %% ../nbs/14_reproduce.ipynb #7d120f38
 def _note(store, folder, dataset, category, size):
     "Where the store notes the fingerprint of a category's images"
     at = [dataset, category, size, folder and str((folder/category).resolve()), folder and folder_stat(folder/category)]
@@ -351,29 +342,28 @@ def _note(store, folder, dataset, category, size):
 
 def _group(experiment, targets, o, dataset, category, store, device, workers, log, bar, quiet):
     "The tasks of one category and what came of them"
-    folder = find(o.place, {"mini": "mvtec_ad"}.get(dataset, dataset), None)[0]
+    folder = find(o.place, dataset)[0]
     size = config(o.profile, **settings(o.settings)).resize
     try:
         data = experiment.load(folder, dataset, category, size=size)
         write_json(dict(fingerprint=data.fingerprint, masks=data.test.masks is not None, images=len(data.train)), _note(store, folder, dataset, category, size), "--store")
         link = partial(experiment.tasks, data=data)
-        make = lambda stage, cfg, needs, **extra: experiment.task(stage, cfg, data.fingerprint, None, needs, **extra)
-        w = wanted(targets, o, dataset, category, link, make, data.test.masks is not None, lambda cfg: experiment.tour_task(cfg, data))
+        last = wanted(targets, o, dataset, category, link, partial(_make, data.fingerprint), data.test.masks is not None, lambda cfg: experiment.tour_task(cfg, data))
     except BadInput as e: log(f"{dataset}/{category}: failed: {e}"); return str(e)
-    every, seen = stages_of(w.last.values()), set()
+    every, seen = stages_of(last.values()), set()
     def say(t, r, new):
         "A line for each stage that was computed"
         if t.key in seen: return
         seen.add(t.key); bar.update(); bar.set_postfix_str(f"{category} {t.stage}")
         if new: log(f"{dataset}/{category}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
-    failed = {} if workers is None else _spread(experiment, w.last.values(), (folder, dataset, category, size), store, device, workers, say)
-    out = experiment.carry_out_all(w.last.values(), data, store, device if workers is None else "cpu", not quiet, say, failed)
+    failed = {} if workers is None else _spread(experiment, last.values(), (folder, dataset, category, size), store, device, workers, say)
+    out = experiment.carry_out_all(last.values(), data, store, device if workers is None else "cpu", not quiet, say, failed)
     bar.update(len(every) - len(seen & {t.key for t in every}))
     for t, r in out.items():
         if isinstance(r, str): log(f"{dataset}/{category}: {t.stage} {t.cfg.method} seed {t.cfg.seed} failed: {r}")
-    return w, out
+    return last, out
 
-# %% ../nbs/14_reproduce.ipynb #4546afae
+# %% ../nbs/14_reproduce.ipynb #97d6d336
 def _spread(experiment, last, where, store, device, client, say):
     "Run the missing stages on a cluster: task's key -> why it failed"
     from dask.distributed import as_completed
@@ -387,9 +377,9 @@ def _spread(experiment, last, where, store, device, client, say):
 
 def _slim(got, store):
     "Drop the networks and memories of a category of which every run has its scores"
-    w, out = got
+    last, out = got
     if any(isinstance(r, str) for r in out.values()): return
-    for t in stages_of(w.last.values()):
+    for t in stages_of(last.values()):
         if t.stage in ("stage1", "stage2", "contrastive", "memory"): store.drop(t, record=False)
 
 # %% ../nbs/14_reproduce.ipynb #ed8f1126
@@ -445,18 +435,18 @@ def regenerate(
     write_index(out, bad)
     return failed
 
-# %% ../nbs/14_reproduce.ipynb #39b7dbde
+# %% ../nbs/14_reproduce.ipynb #8dd5bee5
 def forecast(
     targets, # of `TARGETS`
     o:Options,
     everywhere:bool=False, # all categories of the paper, whether they are here or not
 ) -> pd.DataFrame: # a row per category: runs, stages, stored, to compute, hours
     "What a reproduction would compute"
-    store = Store(o.store) if (Path(o.store).expanduser() if o.store else _default()).exists() else None
+    store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
     rates, kind, out = rates_in(store) if store else {}, _kind(o.device), []
     size = config(o.profile, **settings(o.settings)).resize
     for (d, c), ts in outline(targets, o, everywhere).items():
-        note = store and not everywhere and _note(store, find(o.place, d, None)[0], d, c, size)
+        note = store and not everywhere and _note(store, find(o.place, d)[0], d, c, size)
         known = json.loads(note.read_text()) if note and note.exists() else None
         missing = _missing(targets, o, d, c, known, store) if known else ts
         n = known["images"] if known else images_in(d, c)
@@ -464,11 +454,7 @@ def forecast(
                         hours=estimate(missing, n, rates, kind)/3600, measured=bool(missing) and all((t.stage, t.cfg.backbone, t.cfg.size, kind) in rates for t in missing)))
     return pd.DataFrame(out, columns=["dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"])
 
-# %% ../nbs/14_reproduce.ipynb #17e72e8f
-def _default():
-    from tocoad.records import default_store
-    return default_store()
-
+# %% ../nbs/14_reproduce.ipynb #fb56665f
 def _kind(device): return "cuda" if (device or "").startswith("cuda") or device is None and Path("/dev/nvidia0").exists() else "cpu"
 
 def _missing(targets, o, d, c, known, store):
@@ -482,7 +468,7 @@ def _missing(targets, o, d, c, known, store):
         if t.key in out or store.record(t, tensors): return
         for n in t.needs: need(n, True)
         out[t.key] = t
-    for t in wanted(mine, o, d, c, link, partial(_make, known["fingerprint"]), known["masks"]).last.values(): need(t)
+    for t in wanted(mine, o, d, c, link, partial(_make, known["fingerprint"]), known["masks"]).values(): need(t)
     return list(out.values())
 
 # %% ../nbs/14_reproduce.ipynb #6a46e09a
