@@ -12,7 +12,7 @@ __all__ = ['TARGETS', 'TOURS', 'GALLERIES', 'FROZEN', 'FOLDERS', 'MINI', 'PROFIL
 # %% ../nbs/14_reproduce.ipynb #d2213688
 import hashlib, html, json, os, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
