@@ -11,7 +11,7 @@ ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lib = cfg["lib_path"]
 version = re.search(r'^__version__\s*=\s*["\'](.+?)["\']', (here / lib / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("cpu", "gpu", "workers", "dev")}
+extras = {key.removesuffix("_requirements"): names.split() for key, names in cfg.items() if key.endswith("_requirements")}
 
 setup(
     version=version,

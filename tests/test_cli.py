@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tocoad.cli import main
-from tocoad.data import write_mini
+from tocoad.data import recognise, write_mini
+from tocoad.fixtures import write_layout
 
 QUICK = ["--quiet", "--set", "epochs1=1", "epochs2=1", "width=32", "resize=64", "size=64"]
 
@@ -54,14 +55,26 @@ def test_record(capsys, root, tmp_path):
                 assert d["low"] <= d["mean"] <= d["high"]
                 assert d["mean"] == pytest.approx(m[k]["mean"] - r["methods"]["frozen"][k]["mean"], abs=1e-3)
     assert "difference" not in r["methods"]["frozen"]
-    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [f"mvtec_ad_washer_smoke{e}" for e in (".json", "_curves.png", "_maps.png")]
-    assert json.loads((tmp_path/"out"/"mvtec_ad_washer_smoke.json").read_text())["methods"] == r["methods"]
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [f"own_washer_smoke{e}" for e in (".json", "_curves.png", "_maps.png")]
+    assert json.loads((tmp_path/"out"/"own_washer_smoke.json").read_text())["methods"] == r["methods"]
 
 
 def test_table(capsys, root, tmp_path):
     status, out, _ = run(capsys, "run", "--root", root, "--category", "washer", "--profile", "smoke", "--out", tmp_path/"out", *QUICK)
     assert status == 0 and "smoke: shows that it runs, is no result" in out
     for word in ("frozen F", "contrastive only", "two-stage", "image AUROC", "AUPRO", "Δ pixel AUROC"): assert word in out
+
+
+@pytest.mark.parametrize("layout", ("visa", "btad", "mvtec_ad_2", "kolektor_sdd", "magnetic_tile", "folder"))
+def test_other_layouts(capsys, tmp_path, layout):
+    "Recognised, said, named in the record; MVTec AD 2 is not cropped"
+    name = recognise(write_layout(tmp_path/"set", layout, traps=True)).categories[0]
+    quick = [*QUICK[:-2], *(["resize=160"] if layout == "mvtec_ad_2" else ["resize=64", "size=32"])]
+    status, out, err = run(capsys, "run", "--root", tmp_path/"set", "--category", name, "--profile", "smoke", "--json", "--out", tmp_path/"out", *quick)
+    assert status == 0, err
+    r = json.loads(out)
+    assert r["dataset"] == dict(folder="own").get(layout, layout) and r["config"]["size"] == (160 if layout == "mvtec_ad_2" else 32)
+    assert r["data"]["notes"][0].startswith("recognised as ") and "pixel_auroc" in r["methods"]["two_stage"]
 
 
 def test_same_seed_same_record(capsys, root, tmp_path):

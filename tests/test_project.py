@@ -16,7 +16,7 @@ ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoint
 
 def test_all_rooms_are_there():
     names = {p.stem[3:] for p in METHOD if p.stem[:2].isdigit()}
-    assert names == {p.stem for p in (ROOT/"tocoad").glob("*.py") if not p.stem.startswith("_")} and len(names) == 15
+    assert names == {p.stem for p in (ROOT/"tocoad").glob("*.py") if not p.stem.startswith("_")} and len(names) == 18
 
 
 @pytest.mark.parametrize("nb", METHOD, ids=lambda p: p.stem)

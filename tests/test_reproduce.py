@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tocoad import experiment, published, records, reproduce
+from tocoad import experiment, published, records, report, reproduce
 from tocoad.cli import main
 from tocoad.data import write_mini
+from tocoad.fixtures import write_layout
 from tocoad.records import STAGES, Store, fingerprint, sources
 from tocoad.report import Results
 
@@ -250,6 +251,20 @@ def test_a_data_set_that_cannot_be_read_is_a_row(tmp_path):
     (tmp_path/"visa"/"candle").mkdir(parents=True)
     r = Results(reproduce.compute(["table2"], options(tmp_path/"store", root=str(tmp_path), categories=None))["table2"])
     assert not r.rows and len(r.failed) == 3 and "candle" in r.failed[0] and any("VisA: Capsules" in m for m in r.missing)
+
+
+def test_visa_and_btad_fill_tables_2_and_3(tmp_path):
+    "On the mini data laid out as these sets: every row is computed, and Table 3 has the image level that the paper leaves out"
+    for d, names in dict(visa=["candle"], btad=["01", "03"]).items(): write_layout(tmp_path/d, d, names, traps=True)
+    o = options(tmp_path/"store", root=str(tmp_path), categories=None)
+    sheets = {t: Results(s) for t, s in reproduce.compute(["table2", "table3"], o).items()}
+    for t, d, n in (("table2", "VisA", 11), ("table3", "BTAD", 1)):
+        r = sheets[t]
+        assert not r.failed and any(d in m for m in r.missing)
+        assert len(report.gains(r)) == 13 - n if t == "table2" else len(report.gains(r)) == 4 - n
+    extra = report.beyond(sheets["table3"])
+    assert list(extra.index)[:2] == ["01", "03"] and "(2 of 3)" in extra.index[2] and (extra.xs("ours", axis=1, level=1) != "-").all().all()
+    assert set(sheets["table3"].runs.dataset) == {"btad"}
 
 
 def test_failures_end_with_status_1(say, tmp_path):

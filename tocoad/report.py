@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'METHOD_NAMES', 'AVERAGES', 'STANDS_IN', 'INK', 'GREY', 'HUES', 'title', 'table', 'text', 'Results',
-           'groups_of', 'Value', 'value', 'gain', 'comparison', 'gains', 'ablation', 'forest', 'ablation_forest',
-           'comparison_forest', 'notes', 'tidy', 'write_table', 'flat', 'heat_maps', 'curves', 'save', 'Tile', 'board',
-           'note', 'panel', 'tile', 'block', 'arrow', 'contour', 'cell', 'zoom', 'strip', 'plot', 'scale', 'footer',
-           'samples']
+           'groups_of', 'Value', 'value', 'gain', 'comparison', 'gains', 'beyond', 'ablation', 'forest',
+           'ablation_forest', 'comparison_forest', 'notes', 'tidy', 'write_table', 'flat', 'heat_maps', 'curves',
+           'save', 'Tile', 'board', 'note', 'panel', 'tile', 'block', 'arrow', 'contour', 'cell', 'zoom', 'strip',
+           'plot', 'scale', 'footer', 'samples']
 
 # %% ../nbs/13_report.ipynb #85863486
 from dataclasses import dataclass
@@ -189,20 +189,32 @@ def comparison(
 
 def _levels(frame): return frame.set_axis(pd.MultiIndex.from_tuples(frame.columns), axis=1) if len(frame.columns) else frame
 
-# %% ../nbs/13_report.ipynb #8dc72db7
+# %% ../nbs/13_report.ipynb #00893be7
 def gains(
     r:Results, # of table1, table2 or table3
     base:str="frozen F", # the row to compare with
 ) -> pd.DataFrame: # text; rows: categories and averages, columns: (method, metric)
     "Paired differences with 95 % intervals, for each category and average"
     n = int(r.target[-1])
-    out = {}
+    out = {name: {(m, label(k)): _interval(gain(r, m, base, k, d, over)) for m in r.rows if m != base for k in _metrics(n)} for name, d, over in _places(r, n)}
+    return _levels(pd.DataFrame(list(out.values()), index=list(out)))
+
+def _places(r, n):
+    "Categories with runs, then the averages over them: name, data set, category or categories"
     for d in r.runs.dataset.unique() if len(r.runs) else ():
         there = [c for c in groups_of(d)["total_avg"] if c in set(r.runs.category)]
-        averages = {a: [c for c in cs if c in there] for a, cs in groups_of(d, n == 1).items()}
-        for name, over, whole in [(c, c, 1) for c in there] + [(a, cs, len(groups_of(d, n == 1)[a])) for a, cs in averages.items() if cs]:
-            part = f" ({len(over)} of {whole})" if not isinstance(over, str) and len(over) < whole else ""
-            out[label(name) + part] = {(m, label(k)): _interval(gain(r, m, base, k, d, over)) for m in r.rows if m != base for k in _metrics(n)}
+        for c in there: yield label(c), d, c
+        for name, cs in groups_of(d, n == 1).items():
+            if (mine := [c for c in cs if c in there]): yield label(name) + (f" ({len(mine)} of {len(cs)})" if len(mine) < len(cs) else ""), d, mine
+
+def beyond(
+    r:Results, # of table1, table2 or table3
+    metric:str="image_auroc", # one that the paper's table lacks
+    base:str="frozen F", # the row to compare with
+) -> pd.DataFrame: # text; rows: categories and averages, columns: (method, "ours" | "vs frozen F")
+    "A metric that a table of the paper leaves out"
+    cells = lambda m, d, over: {(m, "ours"): str(value(r, m, metric, d, over))} | ({} if m == base else {(m, f"vs {base}"): _interval(gain(r, m, base, metric, d, over))})
+    out = {name: {k: v for m in r.rows for k, v in cells(m, d, over).items()} for name, d, over in _places(r, int(r.target[-1]))}
     return _levels(pd.DataFrame(list(out.values()), index=list(out)))
 
 def _part(r, row, base, metric, names):
