@@ -568,7 +568,7 @@ def contact_sheet(
         pen.text((x, y + 4), label, "#c0143c" if ratio > 1 else "#2b6cb0", font); pen.text((x + wide, y + 4), short, "#444444", font)
     return page
 
-# %% ../nbs/17_detector.ipynb #5754a587
+# %% ../nbs/17_detector.ipynb #b7e8e470
 @dataclass(repr=False)
 class Summary:
     "What a run of `score` found"
@@ -588,7 +588,7 @@ class Summary:
     def problem(self): return f"{_many(self.unreadable, 'image')} of {self.images:,} could not be read, first {self.first}: the reasons stand at the end of {self.out.name}/scores.csv" if self.unreadable else None
     def text(self): return "\n".join([f"{_many(self.images, 'image')}: {self.defect:,} above the threshold {self.threshold:.4g}, {self.good:,} below, {self.unreadable:,} unreadable; {self.images/max(self.seconds, 1e-9):.1f} images a second",
         *(f"{w['rank']:>4}  {w['ratio']:6.2f} x threshold  {printable(w['path'])}" for w in self.worst[:5]), *(f"Warning: {w}" for w in self.warnings), f"Written: {self.out/'scores.csv'}, summary.json, maps/"])
-    __repr__ = text
+    def __repr__(self): return f"Summary({_many(self.images, 'image')}, {self.defect:,} above the threshold, {self.unreadable:,} unreadable)"
     def _repr_markdown_(self): return "\n".join([f"**{self.defect:,} of {_many(self.images, 'image')} above the threshold**, {self.unreadable:,} unreadable", "", "| rank | image | score / threshold | heat map |", "|---:|---|---:|---|",
         *(f"| {w['rank']} | {w['path']} | {w['ratio']:.2f} | {w['heat_map']} |" for w in self.worst[:8]), "", *(f"- {w}" for w in ([self.problem] if self.problem else []) + self.warnings)])
 
