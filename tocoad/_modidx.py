@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tocoad.detector.Detector.threshold': ('detector.html#detector.threshold', 'tocoad/detector.py'),
                                  'tocoad.detector.Detector.to': ('detector.html#detector.to', 'tocoad/detector.py'),
                                  'tocoad.detector.Summary': ('detector.html#summary', 'tocoad/detector.py'),
+                                 'tocoad.detector.Summary.__repr__': ('detector.html#summary.__repr__', 'tocoad/detector.py'),
                                  'tocoad.detector.Summary._repr_markdown_': ('detector.html#summary._repr_markdown_', 'tocoad/detector.py'),
                                  'tocoad.detector.Summary.images': ('detector.html#summary.images', 'tocoad/detector.py'),
                                  'tocoad.detector.Summary.problem': ('detector.html#summary.problem', 'tocoad/detector.py'),

@@ -324,7 +324,7 @@ def _prune(store, dry):
     print(f"{'would drop' if dry else 'dropped'} {len(gone)} records and {len(left)} leftovers, {size/1e6:.1f} MB; {len(needed)} stages are named by {len(newest)} tables and figures")
     return 0
 
-# %% ../nbs/18_cli.ipynb #cc3d34f7
+# %% ../nbs/18_cli.ipynb #bbe3b072
 def main(
     argv=None, # words after `tocoad`; None: those of the process
 ) -> int: # exit status: 0 done, 1 failed, 2 wrong command
@@ -349,7 +349,8 @@ def main(
     except OSError as e: return _say(f"{e.filename or 'a file'}: {e.strerror or e}; give another place, or change its permissions", 1)
     except KeyboardInterrupt: return _say("stopped; the same command goes on from here", 130)
     except RuntimeError as e:
-        if type(e).__name__ != "Diverged" and "home directory" not in str(e): raise
+        if "home directory" in str(e): return _say(f"{next(v for v in vars(a).values() if str(v).startswith('~'))}: there is no such user; write the folder out", 1)
+        if type(e).__name__ != "Diverged": raise
         return _say(e, 1)
 
 def _say(message, status):

@@ -216,7 +216,7 @@ def fingerprint(*tensors, # tensors or None
         if t is not None: h.update(t.contiguous().cpu().numpy())
     return h.hexdigest()
 
-# %% ../nbs/01_data.ipynb #3fd3718e
+# %% ../nbs/01_data.ipynb #63b88c65
 class Item(NamedTuple):
     "One image file, as a layout's reader finds it."
     path: Path
@@ -237,6 +237,10 @@ def folders(folder: Path, # may be missing
            ) -> list:     # of paths, sorted by name
     "The sub-folders of one folder, hidden ones left out."
     return sorted(d for d in _listed(folder) if _is_folder(d))
+
+def _closed(places): # folders that could not be looked into may hold what is missed
+    for d in places:
+        if not os.access(d, os.R_OK | os.X_OK): raise BadInput(f"{d} cannot be read (Permission denied): change its permissions")
 
 def _is_folder(p):
     try: return stat.S_ISDIR(os.stat(p).st_mode)
@@ -289,7 +293,7 @@ def read_mvtec(root: Path,    # holds the category's folder
         items += _part("test", kind, images, image_files(f / "ground_truth" / kind) if kind != "good" else ())
     return _whole(items, f, ("train", "train/good"), ("test", "test/good and test/<defect>"))
 
-# %% ../nbs/01_data.ipynb #ffc7acf6
+# %% ../nbs/01_data.ipynb #06652d76
 @lru_cache(4)
 def _table(file, stat):
     try:
@@ -301,7 +305,8 @@ def _table(file, stat):
 
 def _inside(root, name, file):
     if name.startswith("/") or ".." in Path(name).parts: raise BadInput(f"{file} names {name}, which lies outside {root}: take the table from the archive anew")
-    if not os.path.isfile(p := root / name): raise BadInput(f"{file} names {name!r}, which is not there: unpack the archive anew")
+    if not os.path.isfile(p := root / name): _closed([d for d in p.parents if d.is_relative_to(root) and os.path.isdir(d)])
+    if not os.path.isfile(p): raise BadInput(f"{file} names {name!r}, which is not there: unpack the archive anew")
     return p
 
 # %% ../nbs/01_data.ipynb #b1f66e24
@@ -451,16 +456,12 @@ def recognise(root: Path|str,        # holds the categories' folders
     [(layout, names)] = found.items()
     return Found(dataset or _named(layout, names), layout, names)
 
-# %% ../nbs/01_data.ipynb #22ed9a78
+# %% ../nbs/01_data.ipynb #29c105d4
 def _layouts(dataset): return DATASETS.get(dataset) or tuple(LAYOUTS)
 
 def _itself(root, dataset): # a category where a folder of categories was meant
     for l in _layouts(dataset):
         if l != "folder" and root.name in LAYOUTS[l].find(root.parent): raise BadInput(f"{root} is itself a category: give root={str(root.parent)!r} and category={root.name!r}")
-
-def _closed(places): # folders that could not be looked into may hold what is missed
-    for d in places:
-        if not os.access(d, os.R_OK | os.X_OK): raise BadInput(f"{d} cannot be read (Permission denied): change its permissions")
 
 def _named(layout, names):
     if layout in DATASETS: return layout

@@ -359,7 +359,7 @@ def save(self:Detector,
         with suppress(OSError): aside.unlink()
     return path
 
-# %% ../nbs/17_detector.ipynb #d6b247c4
+# %% ../nbs/17_detector.ipynb #7d973c2c
 NUMBERS = ("threshold", "limit", "low", "quantile")
 NEEDED = ("backbone", "norm", "size", "patches", "dims", "scorer", "b", "sigma") # of the configuration, for scoring
 
@@ -384,6 +384,9 @@ def _about(path):
 
 def _settings(config):
     for k, options in CHOICES.items(): k in config and one_of(config[k], options, k)
+    for k, v in config.items():
+        usual = getattr(Config(), k); kinds = {float: (float, int), tuple: list}.get(type(usual), type(usual))
+        if None not in (v, usual) and not isinstance(v, kinds): raise BadInput(f"{k} is {v!r}, no {type(usual).__name__}")
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 # %% ../nbs/17_detector.ipynb #aeaaf031
