@@ -317,28 +317,26 @@ def _ended(f, archive): # a tar archive ends with zeros, and a packed one with a
         if not f.read(1 << 20): return
     raise Harmful(f"{archive} goes on after its end: take the archive from its authors")
 
-# %% ../nbs/16_archives.ipynb #6becc128
+# %% ../nbs/16_archives.ipynb #243f18ba
 def tar_entries(t: tarfile.TarFile, # open
-                into: Path,         # the folder to unpack into
                 archive: Path,      # its file
                ):                   # of `Entry`
     "What a tar archive lists, in one pass, to its very end."
     while (m := t.next()) is not None:
         kind = "file" if m.isreg() else "folder" if m.isdir() else "a link" if m.issym() or m.islnk() else "neither a file nor a folder"
-        yield Entry(m.name, kind, m.size if m.isreg() else 0, lambda m=m: t.extractfile(tarfile.data_filter(m, str(into))))
+        yield Entry(m.name, kind, m.size if m.isreg() else 0, lambda m=m: t.extractfile(m))
         t.members.clear()                                                    # it would keep them all
     _ended(t.fileobj, archive)
 
 @contextlib.contextmanager
 def entries(archive: Path, # zip or tar, plain or compressed
-            into: Path,    # the folder to unpack into
            ):              # gives the entries, and whether listing them is cheap
     "An archive, open for reading."
     with open(archive, "rb") as f: magic = f.read(4)
     if magic[:2] == b"PK":
         with zipfile.ZipFile(archive) as z: yield zip_entries(z), True; return
     raw, packed = _unpressed(archive)
-    with raw, tarfile.open(fileobj=_Stream(raw), mode="r:") as t: yield tar_entries(t, into, archive), not packed
+    with raw, tarfile.open(fileobj=_Stream(raw), mode="r:") as t: yield tar_entries(t, archive), not packed
 
 # %% ../nbs/16_archives.ipynb #b2d5f1da
 class Guard:
@@ -387,16 +385,16 @@ def _copy(e, to, guard): # one file -> its hash
     if n != e.size: guard.refuse(f"holds {e.name!r} with {n:,} bytes, where it claims {e.size:,}")
     return h.hexdigest()
 
-# %% ../nbs/16_archives.ipynb #49847f78
+# %% ../nbs/16_archives.ipynb #e7ae90b5
 def _into(archive, aside, progress): # -> {path: hash}
-    with entries(archive, aside) as (listed, cheap):
+    with entries(archive) as (listed, cheap):
         if cheap:                                                            # read the whole list before anything is written
             guard = Guard(archive)
             for e in listed: guard.name(e); guard.add(e.size)
             room(aside.parent, guard.bytes, f"{archive.name}, unpacked,")
         else: room(aside.parent, FACTOR * archive.stat().st_size, f"{archive.name}, unpacked,")
     guard, sums = Guard(archive), {}; aside.mkdir(parents=True)
-    with entries(archive, aside) as (listed, _), _bar(progress, unit=" files", desc=f"unpack {archive.name}") as bar:
+    with entries(archive) as (listed, _), _bar(progress, unit=" files", desc=f"unpack {archive.name}") as bar:
         for e in listed:
             path = guard.name(e); to = aside / path
             (to if e.kind == "folder" else to.parent).mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def _reproduce_options(p):
     p.add_argument("--dry-run", action="store_true", help="say what would be computed, how much of it is stored, and how long the rest takes")
     p.add_argument("--quiet", action="store_true", help="no progress")
 
-# %% ../nbs/18_cli.ipynb #c87b1f4f
+# %% ../nbs/18_cli.ipynb #bba87500
 def _runs_options(p):
     sub = p.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, what in dict(list="the stored runs", show="one record, whole", prune="drop what no table needs").items():
@@ -49,27 +49,29 @@ def _runs_options(p):
         if name == "show": q.add_argument("key", help="the first digits of its key")
         if name == "prune": q.add_argument("--dry-run", action="store_true", help="only say what would go")
 
+# %% ../nbs/18_cli.ipynb #dd20e239
 def _data_options(p):
     sub = p.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, what in dict(list="data sets: licence, size, where they lie, what is there", get="fetch or take an archive, check it, unpack it",
-                           verify="count, decode and compare every file of a folder", write="the embedded mini data set, laid out as another").items():
-        q = sub.add_parser(name, help=what)
-        if name in ("list", "get"): q.add_argument("--to", type=Path, default=None, metavar="DIR", help="folder of data sets (default: TOCOAD_DATA, or data in the current folder)")
-        if name in ("get", "verify"): q.add_argument("--quiet", action="store_true", help="no progress")
-        if name == "list": q.add_argument("--json", action="store_true", help="print JSON instead of a table")
-        if name == "get":
-            q.add_argument("name", metavar="NAME", help="as `tocoad data list` shows it")
-            q.add_argument("--archive", type=Path, default=None, metavar="FILE", help="an archive that is here already")
-            q.add_argument("--from", dest="url", default=None, metavar="URL", help="another address to fetch it from")
-            q.add_argument("--accept-licence", action="store_true", help="you have read the licence and accept it")
-        if name == "verify":
-            q.add_argument("folder", type=Path, metavar="DIR", help="holds the categories' folders")
-            q.add_argument("--dataset", default=None, help="its name (default: recognised by its folders)")
-            q.add_argument("--manifest", type=Path, default=None, metavar="FILE", help="SHA-256 of every file: written if it is not there, compared if it is (default: SHA256SUMS in the folder, compared if it is there)")
-        if name == "write":
-            q.add_argument("layout", metavar="LAYOUT", help="mvtec, visa, btad, mvtec_ad_2, kolektor_sdd, magnetic_tile or folder")
-            q.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-            q.add_argument("--traps", action="store_true", help="with what trips readers: index masks, mixed suffixes, rotated, 16-bit and palette images, ...")
+    shelf = dict(type=Path, default=None, metavar="DIR", help="folder of data sets (default: TOCOAD_DATA, or data in the current folder)")
+    q = sub.add_parser("list", help="data sets: licence, size, where they lie, what is there")
+    q.add_argument("--to", **shelf)
+    q.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    q = sub.add_parser("get", help="fetch or take an archive, check it, unpack it")
+    q.add_argument("name", metavar="NAME", help="as `tocoad data list` shows it")
+    q.add_argument("--archive", type=Path, default=None, metavar="FILE", help="an archive that is here already")
+    q.add_argument("--from", dest="url", default=None, metavar="URL", help="another address to fetch it from")
+    q.add_argument("--to", **shelf)
+    q.add_argument("--accept-licence", action="store_true", help="you have read the licence and accept it")
+    q.add_argument("--quiet", action="store_true", help="no progress")
+    q = sub.add_parser("verify", help="count, decode and compare every file of a folder")
+    q.add_argument("folder", type=Path, metavar="DIR", help="holds the categories' folders")
+    q.add_argument("--dataset", default=None, help="its name (default: recognised by its folders)")
+    q.add_argument("--manifest", type=Path, default=None, metavar="FILE", help="SHA-256 of every file: written if it is not there, compared if it is (default: SHA256SUMS in the folder, compared if it is there)")
+    q.add_argument("--quiet", action="store_true", help="no progress")
+    q = sub.add_parser("write", help="the embedded mini data set, laid out as another")
+    q.add_argument("layout", metavar="LAYOUT", help="mvtec, visa, btad, mvtec_ad_2, kolektor_sdd, magnetic_tile or folder")
+    q.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    q.add_argument("--traps", action="store_true", help="with what trips readers: index masks, mixed suffixes, rotated, 16-bit and palette images, ...")
 
 # %% ../nbs/18_cli.ipynb #30fb1fab
 def _own_options(fit, score):

@@ -216,7 +216,7 @@ def fingerprint(*tensors, # tensors or None
         if t is not None: h.update(t.contiguous().cpu().numpy())
     return h.hexdigest()
 
-# %% ../nbs/01_data.ipynb #63b88c65
+# %% ../nbs/01_data.ipynb #aceaf4b8
 class Item(NamedTuple):
     "One image file, as a layout's reader finds it."
     path: Path
@@ -226,6 +226,7 @@ class Item(NamedTuple):
     split: str      # "train", "validation" or "test"
     cut: int = 0    # mask values above this are anomalous
 
+# %% ../nbs/01_data.ipynb #300b10ca
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 def image_files(folder: Path, # may be missing
