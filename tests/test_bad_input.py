@@ -1255,10 +1255,14 @@ def powerless():
         for cap in (1, 2): ctypes.CDLL(None).prctl(24, cap)       # PR_CAPBSET_DROP
 
 
+def child():
+    powerless(); signal.signal(signal.SIGINT, signal.SIG_DFL) # a background job passes on that it ignores it
+
+
 def start(place, words):
     env = os.environ | place.env | dict(TMPDIR=place.at["temp"], PYTHONIOENCODING="utf-8:strict") # as under most locales
     words = [str(Path(sys.executable).parent/"tocoad"), *place.words(words)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=place.at["cwd"], preexec_fn=powerless)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=place.at["cwd"], preexec_fn=child)
 
 
 def ends(place, p, status, says=(), tells=(), makes=(), before=None):
