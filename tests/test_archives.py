@@ -20,6 +20,7 @@ from PIL import Image
 from tocoad import archives
 from tocoad.archives import KNOWN, SUMS, Known, download, get, list_sets, lies, sets_text, unpack, verify
 from tocoad.data import write_mini
+from tocoad.fixtures import write_layout
 from tocoad.published import BadInput
 
 
@@ -659,3 +660,11 @@ def test_real_images(real):
     r = verify(real/"mvtec_ad", progress=False)
     assert ("bottle", "train", "normal", 209, 209) in r.rows and all(n == w for *_, n, w in r.rows)
     if len({row[0] for row in r.rows}) < 15: assert not r.ok and "categories are missing" in r.problems[0]
+
+
+def test_a_manifest_does_not_make_hidden_files_pictures(tmp_path):
+    "With hashes or without, a `._000.png` is no image of the set"
+    root = write_layout(tmp_path/"set", "mvtec", ["washer"], traps=True)
+    plain, hashed = verify(root, progress=False), verify(root, manifest=tmp_path/"sums", progress=False)
+    assert plain.problems == hashed.problems == [] and (root/"washer/train/good/._000.png").exists()
+    assert verify(root, manifest=tmp_path/"sums", progress=False).ok

@@ -539,7 +539,7 @@ class Report:
         return "\n".join([*out, f"{many(self.read, 'file')} read: " + (f"NOT complete and sound, {many(len(p), 'problem')}" if p else "complete and sound, as far as is known")])
     __repr__ = text
 
-# %% ../nbs/16_archives.ipynb #ef7bd945
+# %% ../nbs/16_archives.ipynb #5f048fb8
 class _Seen(NamedTuple):
     size: tuple|None = None # (width, height), upright
     hash: str|None = None
@@ -550,7 +550,7 @@ def _look(path, name, cut, hashed): # cut: None for an image, a number for a mas
     from tocoad.data import SUFFIXES, binary, open_image, upright
     try:
         if path.exists() and not path.is_file(): return _Seen(wrong=f"{name} cannot be read (it is no ordinary file)")
-        if path.suffix.lower() not in SUFFIXES: return _Seen(hash=digest(path, progress=False) if hashed else None)
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."): return _Seen(hash=digest(path, progress=False) if hashed else None)
         data = path.read_bytes()
     except OSError as e: return _Seen(wrong=f"{name} cannot be read ({e.strerror})")
     h = hashlib.sha256(data).hexdigest() if hashed else None

@@ -263,7 +263,7 @@ def settle_own(
     if a.most < 1: raise BadInput(f"--most {a.most}: give 1 or more.")
     return config(a.profile, **changes | dict(dataset="own", category="own", seed=a.seed))
 
-# %% ../nbs/18_cli.ipynb #95bbab27
+# %% ../nbs/18_cli.ipynb #07887005
 def own(
     a, # parsed options of `fit` or `score`
     cfg, # of `fit`, from `settle_own`
@@ -275,6 +275,7 @@ def own(
         print(done.text()); return _say(done.problem, 1) if done.problem else 0
     _writable(a.model.parent, "--model")
     options = {} if a.quantile is None else dict(quantile=a.quantile)
+    if a.export: detector._onnx() # what is missing is said before the work
     d = detector.fit(a.good, cfg, a.stages, most=a.most, device=a.device, progress=not a.quiet, **options)
     d.save(a.model)
     written = [a.model, *(detector.export_onnx(d, a.model.with_suffix("")) if a.export else ())]
