@@ -73,7 +73,7 @@ def _data_options(p):
     q.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     q.add_argument("--traps", action="store_true", help="with what trips readers: index masks, mixed suffixes, rotated, 16-bit and palette images, ...")
 
-# %% ../nbs/18_cli.ipynb #30fb1fab
+# %% ../nbs/18_cli.ipynb #cddbc42a
 def _own_options(fit, score):
     fit.add_argument("--good", type=Path, required=True, metavar="DIR", help="folder of good images, searched with its sub-folders")
     fit.add_argument("--model", type=Path, required=True, metavar="FILE", help="file to write, such as parts.safetensors")
@@ -82,7 +82,7 @@ def _own_options(fit, score):
     fit.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="change settings, such as coreset=0.02")
     fit.add_argument("--seed", type=int, default=0, help="default: 0")
     fit.add_argument("--quantile", type=float, default=None, help="share of held-out good images that the threshold lets pass (default: 0.95)")
-    fit.add_argument("--most", type=int, default=2000, metavar="N", help="use at most so many good images (default: 2000)")
+    fit.add_argument("--most", type=int, default=None, metavar="N", help="use at most so many good images (default: 2000)")
     fit.add_argument("--export", default=None, choices=("onnx",), help="write features and scorer as ONNX files too")
     score.add_argument("--model", type=Path, required=True, metavar="FILE", help="written by `tocoad fit`")
     score.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, searched with its sub-folders")
@@ -246,7 +246,7 @@ def data(
     report = archives.verify(a.folder, a.dataset, a.manifest, not a.quiet)
     print(report.text()); return int(not report.ok)
 
-# %% ../nbs/18_cli.ipynb #27a89746
+# %% ../nbs/18_cli.ipynb #fae1a3cb
 def settle_own(
     a, # parsed options of `fit` or `score`
 ): # Config for `fit`
@@ -260,10 +260,10 @@ def settle_own(
     changes = settings(a.set)
     if (own := {"profile", "seed", "method", "dataset", "category"} & set(changes)): raise BadInput(f"--set {own.pop()}=...: use --profile, --seed and --stages; a folder of your own has no data set and category.")
     if a.quantile is not None and not 0 < a.quantile < 1: raise BadInput(f"--quantile {a.quantile}: give a share above 0 and below 1, such as 0.99.")
-    if a.most < 1: raise BadInput(f"--most {a.most}: give 1 or more.")
+    if a.most is not None and a.most < 1: raise BadInput(f"--most {a.most}: give 1 or more.")
     return config(a.profile, **changes | dict(dataset="own", category="own", seed=a.seed))
 
-# %% ../nbs/18_cli.ipynb #07887005
+# %% ../nbs/18_cli.ipynb #e1c18f5b
 def own(
     a, # parsed options of `fit` or `score`
     cfg, # of `fit`, from `settle_own`
@@ -274,9 +274,9 @@ def own(
         done = detector.score(detector.Detector.load(a.model), a.images, a.out, a.maps, a.batch, a.device, not a.quiet)
         print(done.text()); return _say(done.problem, 1) if done.problem else 0
     _writable(a.model.parent, "--model")
-    options = {} if a.quantile is None else dict(quantile=a.quantile)
+    options = {k: v for k, v in dict(quantile=a.quantile, most=a.most).items() if v is not None}
     if a.export: detector._onnx() # what is missing is said before the work
-    d = detector.fit(a.good, cfg, a.stages, most=a.most, device=a.device, progress=not a.quiet, **options)
+    d = detector.fit(a.good, cfg, a.stages, device=a.device, progress=not a.quiet, **options)
     d.save(a.model)
     written = [a.model, *(detector.export_onnx(d, a.model.with_suffix("")) if a.export else ())]
     print("\n".join([d.text(), f"Written: {', '.join(map(str, written))}"])); return 0
