@@ -33,10 +33,19 @@ def _pair(labels, scores, what="scores"):
         raise BadInput(f"{what} hold {s[i]} at index {tuple(map(int, i))}: look for the step that made it, metrics need finite scores.")
     return y, s
 
-# %% ../nbs/09_metrics.ipynb #95314956
-def _above(v, neg):
-    "How many of the sorted `neg` lie above each v, and how many at or above it"
-    return len(neg) - np.searchsorted(neg, v, "right"), len(neg) - np.searchsorted(neg, v, "left")
+# %% ../nbs/09_metrics.ipynb #00e2b0f0
+def _above(v, y, s, parts=5):
+    "How many scores of normal items lie above each of the rising v, and how many at or above it (2, len(v)); sorted in parts, which count together"
+    f, y, s = np.zeros((2, len(v)), int), y.reshape(-1), s.reshape(-1)
+    for k in range(parts):
+        part = slice(len(s)*k//parts, len(s)*(k + 1)//parts)
+        neg = s[part][~y[part]]
+        if not len(neg): continue
+        neg.sort()
+        i = np.searchsorted(neg, v)
+        tied = np.flatnonzero(neg.take(i, mode="clip") == v)
+        f[1] += len(neg) - i; i[tied] = np.searchsorted(neg, v[tied], "right"); f[0] += len(neg) - i
+    return f
 
 def _rows(pos):
     "Where each distinct value of the sorted `pos` begins"
@@ -44,10 +53,9 @@ def _rows(pos):
 
 def _table(y, s):
     "p, f0, f1 for each distinct anomalous score, rising, and the number of normal items"
-    pos, neg = s[y], s[~y]
-    pos.sort(); neg.sort()
+    pos = np.sort(s[y])
     i = _rows(pos)
-    return np.diff(i, append=len(pos)), *_above(pos[i], neg), len(neg)
+    return np.diff(i, append=len(pos)), *_above(pos[i], y, s), np.count_nonzero(~y)
 
 # %% ../nbs/09_metrics.ipynb #02b75fd7
 def _area(p, f0, f1, N, limit=1.):
@@ -110,7 +118,7 @@ def f1_max(
     "The largest F1 over all thresholds"
     return _measure("f1", labels, scores)
 
-# %% ../nbs/09_metrics.ipynb #46105cab
+# %% ../nbs/09_metrics.ipynb #8f576940
 def region_weights(
     masks, # (N, H, W) bool
 ) -> np.ndarray: # (number of True pixels,), in the order of masks[masks]; sums to the number of regions
@@ -119,10 +127,11 @@ def region_weights(
     for m in np.asarray(_np(masks), bool):
         if m.any():
             r = ndimage.label(m, np.ones((3, 3)))[0]
-            w.append(1/np.bincount(r.ravel())[r[m]])
+            r = r[m]
+            w.append(1/np.bincount(r)[r])
     return np.concatenate(w)
 
-# %% ../nbs/09_metrics.ipynb #4845b179
+# %% ../nbs/09_metrics.ipynb #873c6286
 def _maps(masks, maps, limit=.3):
     "Masks and maps, checked"
     m, x = _pair(masks, maps, "maps")
@@ -130,7 +139,14 @@ def _maps(masks, maps, limit=.3):
     if not 0 < limit <= 1: raise BadInput(f"the limit of AUPRO is {limit}: give a false positive rate in (0, 1], such as 0.3.")
     return m, x
 
-# %% ../nbs/09_metrics.ipynb #19cf7940
+def _weighted(m, x):
+    "The distinct anomalous scores, rising, the pixels at each, and their weight"
+    pos = x[m]
+    o = pos.argsort(); pos = pos[o]
+    i = _rows(pos)
+    return pos[i], np.diff(i, append=len(pos)), np.add.reduceat(region_weights(m)[o], i)
+
+# %% ../nbs/09_metrics.ipynb #53c096db
 def aupro(
     masks, # (N, H, W) bool, True = anomalous
     maps, # (N, H, W) anomaly scores, any finite range, higher = more anomalous
@@ -139,10 +155,8 @@ def aupro(
     "Area under the per-region overlap curve up to `limit`, divided by `limit`"
     m, x = _maps(masks, maps, limit)
     if _undefined("aupro", m.any(), not m.all()): return np.nan
-    pos, w, neg = x[m], region_weights(m), x[~m]
-    o = pos.argsort(); pos = pos[o]; neg.sort()
-    i = _rows(pos)
-    return float(_area(np.add.reduceat(w[o], i), *_above(pos[i], neg), len(neg), limit))
+    v, _, w = _weighted(m, x)
+    return float(_area(w, *_above(v, m, x), np.count_nonzero(~m), limit))
 
 # %% ../nbs/09_metrics.ipynb #9df38e19
 def evaluate(
@@ -162,7 +176,7 @@ def evaluate(
         raise BadInput(f"image {i[0]} is labelled normal, but its mask marks pixels: mend the label or the mask.")
     return r | _pixels(y, m, x, limit)
 
-# %% ../nbs/09_metrics.ipynb #d98c17ae
+# %% ../nbs/09_metrics.ipynb #86bf4a2c
 def _stats(kind, t):
     "Every statistic of a table; NaN for none"
     return {f"{kind}_{k}": float(f(*t)) if t else np.nan for k, f in STATS.items()}
@@ -171,14 +185,12 @@ def _pixels(y, m, x, limit):
     "Every pixel metric from one sort"
     if _undefined("pixel metrics", m.any(), not m.all()):
         return _stats("pixel", None) | dict(pixel_auroc_anomalous=np.nan, aupro=np.nan)
-    pos, w, y = x[m], region_weights(m), y[:, None, None]
-    o = pos.argsort(); pos = pos[o]
-    i = _rows(pos); v = pos[i]; p = np.diff(i, append=len(pos))
-    parts = [(*_above(v, neg), len(neg)) for g in (y, ~y) for neg in [np.sort(x[~m & g])]]
-    own, (f0, f1, N) = parts[0], map(sum, zip(*parts))
-    only = np.nan if _undefined("pixel_auroc_anomalous", True, own[-1]) else _area(p, *own)
-    pro = _area(np.add.reduceat(w[o], i), f0, f1, N, limit)
-    return _stats("pixel", (p, f0, f1, N)) | dict(pixel_auroc_anomalous=float(only), aupro=float(pro))
+    (v, p, w), y, bad = _weighted(m, x), y[:, None, None], np.count_nonzero(m)
+    f, N = _above(v, m | ~y, x), y.sum()*m[0].size - bad                    # over anomalous images
+    only = np.nan if _undefined("pixel_auroc_anomalous", True, N) else _area(p, *f, N)
+    f += _above(v, m | y, x)                                                # and over normal ones
+    pro = _area(w, *f, m.size - bad, limit)
+    return _stats("pixel", (p, *f, m.size - bad)) | dict(pixel_auroc_anomalous=float(only), aupro=float(pro))
 
 # %% ../nbs/09_metrics.ipynb #ca293c27
 def mean_std(
