@@ -11,7 +11,16 @@ import kornia.augmentation as K, torch
 from torch import nn
 from .published import BadInput
 
-# %% ../nbs/06_contrast.ipynb #71445c0c
+# %% ../nbs/06_contrast.ipynb #71e68c34
+def _on_drawn(op, x): # in place
+    draws = op.forward_parameters(x.shape)
+    some = draws["batch_prob"].nonzero()[:, 0] # the images that were drawn
+    if not len(some): return
+    own = {k: v if k in ("order", "forward_input_shape") else v[some] for k, v in draws.items()}
+    i = some.to(x.device, non_blocking=True)
+    x[i] = op.apply_transform(x[i], own, op.flags)
+
+# %% ../nbs/06_contrast.ipynb #f8c81667
 class Views(nn.Module):
     "SimSiam's augmentation, in batch"
     def __init__(self,
@@ -23,16 +32,18 @@ class Views(nn.Module):
         flip:float=.5, # probability of a mirror image
     ):
         super().__init__()
-        self.ops = nn.Sequential(K.RandomResizedCrop((size, size), scale=scale, ratio=(3/4, 4/3), cropping_mode="resample"),
-            K.RandomHorizontalFlip(p=flip), K.ColorJitter(colour, colour, colour, hue, p=.8), K.RandomGrayscale(p=gray),
-            K.RandomGaussianBlur((23, 23), blur, p=.5))
+        self.ops = [K.RandomResizedCrop((size, size), scale=scale, ratio=(3/4, 4/3), cropping_mode="resample"), K.RandomHorizontalFlip(p=flip),
+            K.ColorJitter(colour, colour, colour, hue, p=.8), K.RandomGrayscale(p=gray), K.RandomGaussianBlur((23, 23), blur, p=.5)]
 
     @torch.no_grad()
     def forward(self,
         images, # (B, 3, S, S) in [0, 1]
     ): # one view of each, (B, 3, size, size)
         "A fresh view of every image"
-        return self.ops(images).clamp(0, 1)
+        crop, *others = self.ops
+        x = crop(images)
+        for op in others: _on_drawn(op, x)
+        return x.clamp_(0, 1)
 
 # %% ../nbs/06_contrast.ipynb #685a2333
 def neg_cosine(

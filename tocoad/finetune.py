@@ -22,7 +22,7 @@ def grad_norm(
     grads = [p.grad for p in params if p.grad is not None]
     return torch.stack(torch._foreach_norm(grads)).norm() if grads else torch.zeros(())
 
-# %% ../nbs/07_finetune.ipynb #69ed5c21
+# %% ../nbs/07_finetune.ipynb #870e9cd4
 def ncl_step(
     F, C, D, G, # extractor, contrast, discriminator or None, generator
     images, # (B, 3, S, S) in [0, 1], before the crop
@@ -41,7 +41,7 @@ def ncl_step(
         x_G, y_G = G(crop(images, size), generator=generator)
         L_neg = loss(D(F(x_G)), y_G) # Eq. 2 on F's current features
         ((1 - lam)*L_neg).backward()
-        g_neg = torch.stack([(p.grad - before[p] if p in before else p.grad).norm() for p in params if p.grad is not None]).norm()
+        g_neg = torch.stack(torch._foreach_norm([p.grad - before[p] if p in before else p.grad for p in params if p.grad is not None])).norm()
     return dict(L_sym=L_sym.detach(), L_neg=L_neg.detach(), spread=spread, g_sym=g_sym, g_neg=g_neg)
 
 # %% ../nbs/07_finetune.ipynb #254ec8b0

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['batches', 'decay', 'seeded', 'Diverged', 'Guard', 'pretrain', 'check_discriminator']
 
-# %% ../nbs/05_pretrain.ipynb #d4c6ef16
-import copy, time
+# %% ../nbs/05_pretrain.ipynb #096c7da5
+import time
 from contextlib import contextmanager
 import torch
 from sklearn.metrics import roc_auc_score
@@ -15,7 +15,7 @@ from .data import crop, to_float
 from .discriminator import focal_loss
 from .features import set_bn
 
-# %% ../nbs/05_pretrain.ipynb #617bb744
+# %% ../nbs/05_pretrain.ipynb #051296d1
 def batches(
     images, # uint8 (N, 3, S, S)
     batch:int=16, # images per step
@@ -24,11 +24,10 @@ def batches(
     drop_last:bool=False, # leave out an incomplete last batch
 ): # float (B, 3, size, size) in [0, 1], on the device of `images`
     "One epoch of shuffled float batches"
-    order = torch.randperm(len(images), generator=generator)
-    for idx in order.split(batch):
+    if size: images = crop(images, size)
+    for idx in torch.randperm(len(images), generator=generator).to(images.device).split(batch):
         if drop_last and len(idx) < min(batch, len(images)): return
-        x = images[idx.to(images.device)]
-        yield to_float(crop(x, size) if size else x)
+        yield to_float(images.index_select(0, idx))
 
 # %% ../nbs/05_pretrain.ipynb #d8cda490
 def decay(
@@ -47,20 +46,20 @@ def seeded(
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
-# %% ../nbs/05_pretrain.ipynb #c57686bc
+# %% ../nbs/05_pretrain.ipynb #450ee471
 class Diverged(RuntimeError): "A loss became NaN or infinite; the modules hold their last good state."
 
 class Guard:
     "The last good state of some modules, restored when a loss is not finite"
     def __init__(self, *modules): self.modules = [m for m in modules if m is not None]; self.keep()
-    def keep(self): self.states = [copy.deepcopy(m.state_dict()) for m in self.modules]
+    def keep(self): self.states = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.modules]
     def check(self,
         losses, # (steps,) of one epoch
         epoch:int, # its number, from 0
     ):
         "Keep the state if all losses are finite, else restore the last one and raise `Diverged`"
-        finite = all(p.isfinite().all() for m in self.modules for p in m.parameters())
-        if losses.isfinite().all() and finite: return self.keep()
+        largest = torch._foreach_norm([p.detach() for m in self.modules for p in m.parameters()], torch.inf)
+        if torch.stack([losses.abs().max(), *largest]).isfinite().all(): return self.keep()
         losses = torch.cat([losses, losses.new_full((1,), torch.nan)]) # weights spoilt by the last step
         step = (~losses.isfinite()).nonzero()[0].item()
         for m, s in zip(self.modules, self.states): m.load_state_dict(s)
