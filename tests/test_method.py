@@ -30,6 +30,29 @@ def test_every_variant_trains_and_changes_f(washer, change):
     assert all(np.isfinite(v) for e in log["stage2"] for v in e.values()) and 0 <= log["discriminator_auroc"] <= 1
 
 
+def test_bfloat16_changes_little_and_compilation_is_asked_for(washer, monkeypatch):
+    cfg = config("smoke", **TINY)
+    both = [experiment.train(cfg.replace(precision=p), washer.train.images[:8], "two_stage", progress=False) for p in ("fp32", "bf16")]
+    first = [[log[k][0][v] for k, v in (("stage1", "L_dis"), ("stage2", "L_neg"))] for _, log in both]
+    np.testing.assert_allclose(*first, rtol=.05)
+    assert first[0] != first[1] and all(p.dtype == torch.float32 for F, _ in both for p in F.parameters())
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(type(self).__name__))
+    experiment.make_networks(cfg); experiment.make_networks(cfg.replace(compile=True))
+    assert asked == ["Features", "Discriminator"]
+
+
+def test_too_little_memory_halves_the_batch_and_changes_nothing(washer, monkeypatch, caplog):
+    cfg, F = config("smoke", **TINY), features.Features()
+    whole, forward = experiment.embed(F, washer.test.images, cfg), features.Features.forward
+    def cramped(self, x):
+        if len(x) > 4: raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x)
+    monkeypatch.setattr(features.Features, "forward", cramped)
+    torch.testing.assert_close(experiment.embed(F, washer.test.images, cfg), whole, rtol=1e-4, atol=1e-4)
+    assert [r.getMessage() for r in caplog.records][-1] == "memory ran out: going on with 4 images at a time"
+
+
 def test_variants_with_the_same_seed_share_their_frozen_row(washer):
     rows = [experiment.compare(config("smoke", **TINY | c), methods=("frozen",), data=washer, progress=False).rows for c in (dict(), dict(generator="nsa", lam=.9))]
     assert rows[0].equals(rows[1])

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'FORMAT', 'VERSION', 'NUMBERS', 'NEEDED', 'MARK', 'COLUMNS', 'find_images', 'hash_order', 'rank',
-           'false_alarms', 'own_config', 'decoded', 'distinct', 'oddities', 'read_good', 'Detector', 'out_of_memory',
-           'halving', 'calibrate', 'fit', 'scored', 'tally', 'overlay', 'picture_name', 'is_ours', 'workplace',
-           'publish', 'write_scores', 'contact_sheet', 'Summary', 'shifted', 'score', 'ToPatches', 'ToScores',
-           'export_onnx']
+           'false_alarms', 'own_config', 'decoded', 'distinct', 'oddities', 'read_good', 'Detector', 'calibrate', 'fit',
+           'scored', 'tally', 'overlay', 'picture_name', 'is_ours', 'workplace', 'publish', 'write_scores',
+           'contact_sheet', 'Summary', 'shifted', 'score', 'ToPatches', 'ToScores', 'export_onnx']
 
-# %% ../nbs/17_detector.ipynb #348c08e3
+# %% ../nbs/17_detector.ipynb #49ca255b
 import copy, csv, hashlib, itertools, json, math, os, re, shutil, sqlite3, sys, time, uuid, warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +26,8 @@ from scipy.stats import beta
 from torch import nn
 from tqdm.auto import tqdm
 from .data import SUFFIXES, fingerprint, open_image, read_image, rgb
-from .experiment import embed, find_device, train
-from .features import Features
+from .experiment import embed, embed_batch, find_device, train
+from .features import Features, halving
 from .memory import SCORERS, Memory, anomaly_maps, coreset, patch_features
 from .pretrain import seeded
 from .published import BadInput, one_of, printable
@@ -183,7 +182,7 @@ def _exact():
         with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False): yield
     finally: conv.fp32_precision = old
 
-# %% ../nbs/17_detector.ipynb #8b911cd2
+# %% ../nbs/17_detector.ipynb #7c9f1048
 @dataclass(eq=False, repr=False)
 class Detector:
     "F, a memory of good patches and a threshold: all that scoring needs"
@@ -201,37 +200,12 @@ class Detector:
 
     def patch_scores(self, images): # uint8 (N, 3, size, size) -> float (N, h, w) on the CPU
         "The distance of every patch to the memory (Eq. 8 or 9)"
-        with _exact(): s = SCORERS[self.cfg.scorer](self.memory, embed(self.F, images, self.cfg, batch=len(images)), self.cfg.b)
+        with _exact(): s = SCORERS[self.cfg.scorer](self.memory, embed_batch(self.F, images, self.cfg), self.cfg.b)
         return s.float().cpu().unflatten(1, (math.isqrt(s.shape[1]),)*2)
 
     def maps(self, patch_scores): # (N, h, w) -> (N, size, size)
         "Anomaly maps from patch scores"
         return anomaly_maps(patch_scores.flatten(1), patch_scores.shape[1:], self.cfg.size, self.cfg.sigma)
-
-# %% ../nbs/17_detector.ipynb #e7879118
-def out_of_memory(
-    e, # an exception
-) -> bool:
-    "Whether an error means that memory ran out, on a GPU or on the CPU"
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and bool(re.search("can't allocate memory|bad_alloc|out of memory", str(e)))
-
-def halving(
-    f, # images -> tensor, one row an image
-    images, # (N, ...)
-    batch:int, # images at once, to begin with
-    say=print, # told when memory runs out
-) -> tuple: # rows (N, ...), and the batch that fitted
-    "Apply a function in batches, in smaller ones if memory runs out"
-    rows, at = [], 0
-    while at < len(images):
-        try: rows.append(f(images[at:at + batch])); at += batch; continue
-        except Exception as e:
-            if not out_of_memory(e): raise
-        if batch == 1: raise BadInput("memory is too small for a single image: choose a smaller size or coreset for the model, or another device")
-        batch = (batch + 1)//2
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
-        say(f"memory ran out: going on with {batch} images at a time")
-    return torch.cat(rows), batch
 
 # %% ../nbs/17_detector.ipynb #c324bbea
 def calibrate(
@@ -252,7 +226,7 @@ def calibrate(
     return dict(threshold=above(scores), limit=max(above(tops), low + 1e-6), low=low, quantile=quantile, rank=k,
                 false_alarms=false_alarms(n, k), highest={names[i]: round(float(scores[i]), 6) for i in order[:5]})
 
-# %% ../nbs/17_detector.ipynb #6859a29a
+# %% ../nbs/17_detector.ipynb #9deac5e3
 def fit(
     good, # folder of good parts, searched with its sub-folders
     cfg:Config, # `config("laptop")`, or a change of it
@@ -270,7 +244,7 @@ def fit(
     images, names, facts, notes = read_good(good, cfg.size, most, cfg.seed, progress)
     n = min(max(1, round(held_out*len(images))), len(images) - 2)
     F, log = train(cfg, images[n:].to(device), cfg.method, progress)
-    with _exact(): X = halving(lambda x: embed(F, x, cfg, batch=len(x)).cpu(), images[n:], 32, say)[0].flatten(0, 1).to(device)
+    with _exact(): X = halving(lambda x: embed_batch(F, x, cfg).cpu(), images[n:], 32, say)[0].flatten(0, 1).to(device)
     M = Memory(X[coreset(X, cfg.coreset, generator=torch.Generator().manual_seed(cfg.seed))], total=len(X))
     detector = Detector(F.eval(), M, cfg, torch.zeros(0), {})
     about = calibrate(detector, images[:n], names, quantile, say=say)

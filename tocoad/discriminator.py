@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LOSSES', 'DEPTHS', 'focal_loss', 'ce_loss', 'block', 'Rise', 'Discriminator']
 
-# %% ../nbs/04_discriminator.ipynb #ece27cce
+# %% ../nbs/04_discriminator.ipynb #0d4b930d
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from .features import mixed_precision
 
 # %% ../nbs/04_discriminator.ipynb #4a9587fb
 def focal_loss(
@@ -65,14 +66,16 @@ class Rise(nn.Module):
         "Up, splice, squeeze, refine"
         return self.blocks(self.squeeze(torch.cat([self.up(x), skip], 1)))
 
-# %% ../nbs/04_discriminator.ipynb #4f64a844
+# %% ../nbs/04_discriminator.ipynb #31d67f5b
 class Discriminator(nn.Module):
     "D: the inverse of a backbone, from the maps of layers 1-4 to two-class logits at image size"
     def __init__(self,
         channels:tuple, # channels of layers 1-4, `F.channels`
         backbone:str="tf_efficientnet_lite0", # which backbone's blocks and depths
+        precision:str="fp32", # see `mixed_precision`
     ):
         super().__init__()
+        self.precision = precision
         c1, c2, c3, c4 = channels
         depths = DEPTHS.get(backbone, (3, 4, 6))
         self.rises = nn.ModuleList(Rise(a, c, [block(backbone, c) for _ in range(n)]) for a, c, n in zip((c4, c3, c2), (c3, c2, c1), depths))
@@ -85,5 +88,7 @@ class Discriminator(nn.Module):
     ): # logits (B, 2, H, W)
         "Logits of normal and anomalous at image size"
         *skips, x = maps
-        for rise, skip in zip(self.rises, reversed(skips)): x = rise(x, skip)
-        return self.top(x)
+        with mixed_precision(x.device, self.precision):
+            for rise, skip in zip(self.rises, reversed(skips)): x = rise(x, skip)
+            logits = self.top(x)
+        return logits if self.precision == "fp32" else logits.float()

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DIFFERENCES', 'EDGES', 'make_generator', 'make_views', 'make_contrast', 'make_networks', 'two_views',
-           'pairs', 'stage1', 'stage2', 'contrastive', 'embed', 'memory', 'scores', 'maps_of', 'judge', 'metrics',
-           'difference', 'train', 'score', 'unit', 'pick', 'gallery', 'Failed', 'carry_out', 'describe', 'weights_id',
-           'tasks', 'Comparison', 'find_device', 'compare', 'record', 'carry_out_all', 'submit', 'perlin_steps',
-           'visible_draw', 'colours', 'guide', 'origin', 'cloud', 'patch_labels', 'histograms', 'tour', 'tour_task']
+           'pairs', 'stage1', 'stage2', 'contrastive', 'embed_batch', 'embed', 'memory', 'scores', 'maps_of', 'judge',
+           'metrics', 'difference', 'train', 'score', 'unit', 'pick', 'gallery', 'Failed', 'carry_out', 'describe',
+           'weights_id', 'tasks', 'Comparison', 'find_device', 'compare', 'record', 'carry_out_all', 'submit',
+           'perlin_steps', 'visible_draw', 'colours', 'guide', 'origin', 'cloud', 'patch_labels', 'histograms', 'tour',
+           'tour_task']
 
-# %% ../nbs/12_experiment.ipynb #0db25eaf
+# %% ../nbs/12_experiment.ipynb #f41c78d9
 import copy, threading, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from .anomaly import GENERATORS, Perlin, pick_textures, rotate, textures, turn, 
 from .contrast import CONTRASTS, PREDICTORS, Heads, Views
 from .data import Category, crop, load, to_float
 from .discriminator import LOSSES, Discriminator
-from .features import BACKBONES, Features, file_sha256, weights_path
+from .features import BACKBONES, Features, file_sha256, halving, weights_path
 from .finetune import finetune
 from .memory import PATCHES, SCORERS, Memory, anomaly_maps, coreset, image_scores, patch_features
 from .metrics import evaluate, mean_std, paired_bootstrap, paired_bootstrap_pixels
@@ -49,7 +50,7 @@ def make_views(
     "C's augmentation as the settings say"
     return parts.get("views") or Views(c.size, (c.scale, 1.), c.colour, c.colour/4, gray=.2 if c.colour else 0.)
 
-# %% ../nbs/12_experiment.ipynb #91507030
+# %% ../nbs/12_experiment.ipynb #ba002fba
 def make_contrast(
     c, # has contrast, layers, concat, width, predictor, size, scale, colour, seed
     F, # the extractor it will tune
@@ -61,11 +62,12 @@ def make_contrast(
     return C.to(next(F.parameters()).device)
 
 def make_networks(
-    c, # has backbone, weights, norm, seed
+    c, # has backbone, weights, norm, precision, compile, seed
     device="cpu",
 ) -> tuple: # F, D
     "F with its ImageNet weights and a fresh D"
-    with seeded(c.seed): F = Features(c.backbone, c.weights, c.norm); D = Discriminator(F.channels, c.backbone)
+    with seeded(c.seed): F = Features(c.backbone, c.weights, c.norm, c.precision); D = Discriminator(F.channels, c.backbone, c.precision)
+    if c.compile: F.compile(); D.compile()
     return F.to(device), D.to(device)
 
 # %% ../nbs/12_experiment.ipynb #9353b73e
@@ -124,19 +126,26 @@ def contrastive(c, data, got, parts, device, progress):
                    size=c.size, seed=c.seed, progress=progress)
     return dict(log=log), _arrays(F)
 
-# %% ../nbs/12_experiment.ipynb #e95194b8
+# %% ../nbs/12_experiment.ipynb #deccedc2
 @torch.inference_mode()
-def embed(
+def embed_batch(
     F, # extractor in eval mode
     images, # uint8 (N, 3, S, S)
     c, # has size, patches, dims
     parts:dict={}, # "patches": a function of (maps, dims)
-    batch:int=32,
+): # patch features (N, P, d)
+    "Patch features of layers 2 and 3, all images at once"
+    maps = F(to_float(crop(images.to(next(F.parameters()).device), c.size)))
+    return patch_features(maps[1:3], c.dims, parts.get("patches") or c.patches)
+
+def embed(
+    F, images, c, parts:dict={}, # as above
+    batch:int=32, # images at once; fewer if memory runs out
 ): # patch features (N, P, d)
     "Patch features of layers 2 and 3 for all images"
-    kind, device = parts.get("patches") or c.patches, next(F.parameters()).device
-    return torch.cat([patch_features(F(to_float(crop(x.to(device), c.size)))[1:3], c.dims, kind) for x in images.split(batch)])
+    return halving(lambda x: embed_batch(F, x, c, parts), images, batch)[0]
 
+# %% ../nbs/12_experiment.ipynb #7e3f78ec
 def _extractor(c, arrays, device):
     F, _ = make_networks(c)
     return (_fill(F, arrays) if arrays else F).to(device)

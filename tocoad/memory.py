@@ -6,12 +6,13 @@
 __all__ = ['PATCHES', 'SCORERS', 'patches_mean', 'patches_patchcore', 'patch_features', 'coreset_plain', 'radius', 'coreset',
            'Memory', 'score_plain', 'score_paper', 'anomaly_maps', 'image_scores', 'Scores', 'score_images']
 
-# %% ../nbs/08_memory.ipynb #852c5be6
+# %% ../nbs/08_memory.ipynb #cf42de17
 import math, numpy as np, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch.nn import functional as nnf
+from .features import halving
 from .published import BadInput
 
 # %% ../nbs/08_memory.ipynb #71854af9
@@ -89,18 +90,24 @@ def _exact():
     finally:
         for p, o in zip(parts, old): p.fp32_precision = o
 
-# %% ../nbs/08_memory.ipynb #5b39dfbe
+# %% ../nbs/08_memory.ipynb #83ff3e21
 class _Distances:
     "Squared distances of N points to a growing set of them, in memory O(N)"
     def __init__(self, X):
-        self.X, self.room = X, 2**26 if X.is_cuda else 2**22                    # numbers held at a time
+        self.X, self.room = X, 2**26 if X.is_cuda else 2**18                    # numbers held at a time; on a CPU they fit its cache
         self.mu = X.mean(0, dtype=torch.float32)
         if not self.mu.isfinite().all(): raise BadInput("the features hold NaN or infinite values: look at the network or images they come from")
         self.rows = torch.arange(len(X), device=X.device)
-        self.sq = torch.cat([self[r].square().sum(1) for r in self.rows.split(self.room//X.shape[1])])
+        self.sq = self._each(lambda r: self[r].square().sum(1), self.rows, X.shape[1])
         self.d = torch.full_like(self.sq, torch.inf)
 
     def __getitem__(self, rows): return self.X[rows].float() - self.mu
+
+    def _each(self, f, rows, width):
+        "A number for each row, in chunks that need `width` numbers a row"
+        out, fits = halving(f, rows, max(1, self.room//width), what="patch")
+        self.room = min(self.room, fits*width) if fits < len(rows) else self.room
+        return out
 
     def add(self,
         new, # indices of points that join the set
@@ -108,10 +115,9 @@ class _Distances:
     ):
         "Let points join the set"
         for c in new.split(2**11):
-            C = self[c].T                                                      # (D, p)
-            for r in self.rows[self.d > beyond].split(self.room//max(C.shape)):
-                near = torch.addmm(self.sq[c], self[r], C, alpha=-2).amin(1) + self.sq[r]
-                self.d[r] = torch.minimum(self.d[r], near.clamp_(min=0))
+            C, rows = self[c].T, self.rows[self.d > beyond]                    # (D, p)
+            near = lambda r: torch.addmm(self.sq[c], self[r], C, alpha=-2).amin(1) + self.sq[r]
+            self.d[rows] = torch.minimum(self.d[rows], self._each(near, rows, max(C.shape)).clamp_(min=0))
         self.d[new] = -1
 
 # %% ../nbs/08_memory.ipynb #1e202271
@@ -196,25 +202,30 @@ class Memory:
     def __len__(self): return len(self.bank)
     def __repr__(self): return f"Memory({len(self):,}{f' of {self.total:,}' if self.total else ''} patches x {self.bank.shape[1]})"
 
-# %% ../nbs/08_memory.ipynb #e5c3e33b
+# %% ../nbs/08_memory.ipynb #3f394be5
+def _product(bank):
+    "Exact neighbours by one matrix product, as a GPU likes it: |c - q|^2/2 but for q's own length"
+    half = bank.square().sum(1)/2
+    def find(q, k):
+        with _exact(): return torch.addmm(half, q, bank.T, alpha=-1).topk(k, largest=False).indices
+    return find
+
 def _faiss(bank):
-    "faiss's exact index of a bank, on the bank's device if this build of faiss can"
+    "Exact neighbours by faiss"
     try: import faiss
     except ImportError: raise BadInput("the memory searches with faiss, which is not installed: pip install tocoad[cpu], or tocoad[gpu] on a machine with a GPU") from None
     index = faiss.IndexFlatL2(bank.shape[1])
-    if bank.is_cuda and hasattr(faiss, "StandardGpuResources"):
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), bank.device.index or 0, index)
-    index.add(bank.cpu().numpy())
-    return index
+    index.add(bank.numpy())
+    return lambda q, k: torch.from_numpy(index.search(q.numpy(), k)[1])
 
-# %% ../nbs/08_memory.ipynb #bcdd1d7d
+# %% ../nbs/08_memory.ipynb #bac1ff6c
 @patch
 def distances(self:Memory,
     Q, # patches (P, d)
     idx, # stored patches to compare each with (P, k)
 ) -> torch.Tensor: # Euclidean distances (P, k)
     "Distances of patches to given stored ones, from their differences"
-    rows = max(1, 2**24//(idx.shape[1]*Q.shape[1]))
+    rows = max(1, (2**24 if Q.is_cuda else 2**18)//(idx.shape[1]*Q.shape[1]))
     return torch.cat([(q[:, None] - self.bank[i]).norm(dim=-1) for q, i in zip(Q.split(rows), idx.split(rows))])
 
 @patch
@@ -226,9 +237,8 @@ def search(self:Memory,
     if Q.shape[-1] != self.bank.shape[1]:
         raise BadInput(f"the memory holds patches of {self.bank.shape[1]} numbers and was asked for {Q.shape[-1]}: take both from the same backbone, layers and dims")
     mu, q = self.bank.mean(0), Q.float().reshape(-1, Q.shape[-1])
-    if self._index is None: self._index = _faiss(self.bank - mu)
-    near = [self._index.search((p.to(mu.device) - mu).cpu().numpy(), min(k, len(self)))[1] for p in q.split(2**15)]
-    idx = torch.from_numpy(np.concatenate(near)).to(mu.device)
+    if self._index is None: self._index = (_product if mu.is_cuda else _faiss)(self.bank - mu)
+    idx = halving(lambda p: self._index(p.to(mu.device) - mu, min(k, len(self))), q, 2**12 if mu.is_cuda else 2**15, what="patch")[0]
     d, order = self.distances(q.to(mu.device), idx).sort(-1)
     return tuple(t.reshape(*Q.shape[:-1], idx.shape[1]).to(Q.device) for t in (d, idx.gather(-1, order)))
 

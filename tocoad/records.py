@@ -34,7 +34,7 @@ RULES = { # field: what it must be, and whether it is
     "coreset": ("above 0 and at most 1", lambda c: 0 < c.coreset <= 1), "b": ("2 or more", lambda c: c.b >= 2),
     "scale": ("above 0 and at most 1", lambda c: 0 < c.scale <= 1), "sigma": ("0 or more", lambda c: c.sigma >= 0)}
 
-# %% ../nbs/11_records.ipynb #2dfc72b0
+# %% ../nbs/11_records.ipynb #28ceedc0
 @dataclass(frozen=True)
 class Config:
     "Everything a run depends on"
@@ -45,6 +45,8 @@ class Config:
     backbone: str = "wide_resnet50_2" # 03: F
     weights: str = "imagenet" # 03: "imagenet", "random" or a path (gap 6)
     norm: str = "own" # 03: input constants, "own" or "imagenet" (gap 66)
+    precision: str = "fp32" # 03: of the networks, "fp32" or "bf16" (autocast)
+    compile: bool = False # 03: F and D through torch.compile
     resize: int = 256 # 01: side after decoding (gap 53)
     size: int = 224 # 01: side of the centre crop
     generator: str = "perlin" # 02: "perlin", "cutpaste" or "nsa"
@@ -85,8 +87,8 @@ class Config:
     def _repr_markdown_(self):
         return "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in asdict(self).items())
 
-# %% ../nbs/11_records.ipynb #bab04dcd
-CHOICES = dict(method=("two_stage", "contrastive", "frozen"), norm=("own", "imagenet"), generator=("perlin", "cutpaste", "nsa"), rotate=("both", "slight", "right", "none"), loss=("focal", "ce"),
+# %% ../nbs/11_records.ipynb #1617cfc4
+CHOICES = dict(method=("two_stage", "contrastive", "frozen"), norm=("own", "imagenet"), precision=("fp32", "bf16"), generator=("perlin", "cutpaste", "nsa"), rotate=("both", "slight", "right", "none"), loss=("focal", "ce"),
     contrast=("simsiam", "byol"), predictor=("linear", "mlp"), bn=("train", "eval"), patches=("mean", "patchcore"), scorer=("plain", "paper"))
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -319,8 +321,8 @@ def _mentions(f, seen):
     for n, cell in zip(f.__code__.co_freevars, f.__closure__ or ()): yield f"{n} = {source_of(cell.cell_contents, seen)}"
     yield source_of((f.__defaults__, f.__kwdefaults__), seen)
 
-# %% ../nbs/11_records.ipynb #b77bec79
-_EXTRACTOR, _GENERATOR = ("backbone", "weights", "norm", "size", "seed"), ("generator", "rotate", "textures", "foreground", "count")
+# %% ../nbs/11_records.ipynb #16e361de
+_EXTRACTOR, _GENERATOR = ("backbone", "weights", "norm", "precision", "compile", "size", "seed"), ("generator", "rotate", "textures", "foreground", "count")
 _CONTRAST = ("contrast", "layers", "concat", "predictor", "width", "scale", "colour", "bn", "batch", "epochs2", "lr2", "lr_head")
 
 @dataclass(frozen=True)
