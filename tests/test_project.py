@@ -16,7 +16,7 @@ ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoint
 
 def test_all_rooms_are_there():
     names = {p.stem[3:] for p in METHOD if p.stem[:2].isdigit()}
-    assert names == {p.stem for p in (ROOT/"tocoad").glob("*.py") if not p.stem.startswith("_")} and len(names) == 18
+    assert names == {p.stem for p in (ROOT/"tocoad").glob("*.py") if not p.stem.startswith("_")} and len(names) == 19
 
 
 @pytest.mark.parametrize("nb", METHOD, ids=lambda p: p.stem)
@@ -60,7 +60,7 @@ def test_notebook_carries_one_clean_run(nb):
 
 def test_notebooks_for_papermill_take_parameters():
     "papermill silently ignores -p where no cell is tagged"
-    for nb in (p for folder in ("lab", "tables", "figures") for p in (ROOT/"nbs"/folder).glob("*.ipynb")):
+    for nb in (p for folder in ("lab", "tables", "figures", "bench") for p in (ROOT/"nbs"/folder).glob("*.ipynb")):
         tagged = [c for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, nb.name
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TARGETS', 'TOURS', 'GALLERIES', 'FROZEN', 'FOLDERS', 'MINI', 'PROFILE_OF', 'METRICS', 'GFLOP', 'ASSUMED',
            'PARAMETERS', 'changes', 'Row', 'rows', 'distinct', 'datasets', 'find', 'Options', 'options', 'groups',
-           'against', 'wanted', 'stages_of', 'outline', 'images_in', 'estimate', 'rates_in', 'sheet_path', 'sheet',
-           'compute', 'results', 'needed', 'expand', 'regenerate', 'forecast', 'notebook_of', 'run_notebook',
+           'against', 'wanted', 'stages_of', 'outline', 'images_in', 'estimate', 'rates_in', 'rates_from', 'sheet_path',
+           'sheet', 'compute', 'results', 'needed', 'expand', 'regenerate', 'forecast', 'notebook_of', 'run_notebook',
            'run_notebooks', 'write_index']
 
-# %% ../nbs/14_reproduce.ipynb #d2213688
+# %% ../nbs/14_reproduce.ipynb #756a4811
 import hashlib, html, json, os, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -225,7 +225,7 @@ def outline(
 
 def _make(data, stage, cfg, needs, **extra): return task(stage, cfg, data, None, needs, **extra)
 
-# %% ../nbs/14_reproduce.ipynb #5fed2322
+# %% ../nbs/14_reproduce.ipynb #55eb0b47
 GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50_2=22.9) # one forward pass of one image at 224
 ASSUMED = dict(cpu=60., cuda=60e3) # GFLOP/s
 
@@ -239,27 +239,36 @@ def _work(t, n):
     "Images that a stage passes through F, training passes counted by their cost"
     return n*STAGES[t.stage].weight*dict(stage1=t.cfg.epochs1, stage2=t.cfg.epochs2, contrastive=t.cfg.epochs2).get(t.stage, 1)
 
+def _rate_of(stage, c, kind): return stage, c.backbone, getattr(c, "precision", "fp32"), c.size, kind
+
 def estimate(
     tasks, # to be computed
     n:int, # training images of their category
-    rates:dict={}, # (stage, backbone, size, kind of device) -> seconds per unit of work, from `rates_in`
+    rates:dict={}, # (stage, backbone, precision, size, kind of device) -> seconds per unit of work, from `rates_in` or `rates_from`
     device:str="cpu", # kind
 ) -> float: # seconds
     "How long some stages will take"
-    per = lambda t: rates.get((t.stage, t.cfg.backbone, t.cfg.size, device), GFLOP.get(t.cfg.backbone, 10)*(t.cfg.size/224)**2/ASSUMED[device])
+    per = lambda t: rates.get(_rate_of(t.stage, t.cfg, device), GFLOP.get(t.cfg.backbone, 10)*(t.cfg.size/224)**2/ASSUMED[device])
     return sum(per(t)*_work(t, n) for t in tasks)
 
-# %% ../nbs/14_reproduce.ipynb #cda185cf
+# %% ../nbs/14_reproduce.ipynb #5ccfb935
 def rates_in(
     store:Store,
-) -> dict: # (stage, backbone, size, kind of device) -> seconds per unit of work
+) -> dict: # (stage, backbone, precision, size, kind of device) -> seconds per unit of work
     "Rates of the stored stages"
     found = {}
     for r in store.records():
         c = SimpleNamespace(**r["config"])
-        key = r["stage"], c.backbone, c.size, "cpu" if r["hardware"]["device"] == "cpu" else "cuda"
+        key = _rate_of(r["stage"], c, "cpu" if r["hardware"]["device"] == "cpu" else "cuda")
         found.setdefault(key, []).append(r["seconds"]/max(_work(SimpleNamespace(stage=r["stage"], cfg=c), r["images"]), 1e-9))
     return {k: float(np.median(v)) for k, v in found.items()}
+
+def rates_from(
+    path, # bench.json or gpu.json, written by `tocoad bench gpu`
+) -> dict: # as from `rates_in`
+    "Rates that the benchmark measured"
+    try: return {tuple(k): v for *k, v in json.loads(Path(path).read_text(encoding="utf-8"))["rates"]}
+    except (OSError, ValueError, KeyError, TypeError): raise BadInput(f"{path} holds no rates: measure them with `tocoad bench gpu`, which writes bench/bench.json.") from None
 
 # %% ../nbs/14_reproduce.ipynb #f8640b89
 _FUNCTIONS = (*(s.function for s in STAGES.values()), "reproduce.wanted", "reproduce.sheet")
@@ -435,15 +444,16 @@ def regenerate(
     write_index(out, bad)
     return failed
 
-# %% ../nbs/14_reproduce.ipynb #8dd5bee5
+# %% ../nbs/14_reproduce.ipynb #3a300129
 def forecast(
     targets, # of `TARGETS`
     o:Options,
     everywhere:bool=False, # all categories of the paper, whether they are here or not
+    rates:dict={}, # from `rates_from`; they go before those of the store
 ) -> pd.DataFrame: # a row per category: runs, stages, stored, to compute, hours
     "What a reproduction would compute"
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
-    rates, kind, out = rates_in(store) if store else {}, _kind(o.device), []
+    rates, kind, out = (rates_in(store) if store else {}) | rates, _kind(o.device), []
     size = config(o.profile, **settings(o.settings)).resize
     for (d, c), ts in outline(targets, o, everywhere).items():
         note = store and not everywhere and _note(store, find(o.place, d)[0], d, c, size)
@@ -451,7 +461,7 @@ def forecast(
         missing = _missing(targets, o, d, c, known, store) if known else ts
         n = known["images"] if known else images_in(d, c)
         out.append(dict(dataset=d, category=c, runs=sum(t.stage == "metrics" for t in ts), stages=len(ts), stored=len(ts) - len(missing), compute=len(missing),
-                        hours=estimate(missing, n, rates, kind)/3600, measured=bool(missing) and all((t.stage, t.cfg.backbone, t.cfg.size, kind) in rates for t in missing)))
+                        hours=estimate(missing, n, rates, kind)/3600, measured=bool(missing) and all(_rate_of(t.stage, t.cfg, kind) in rates for t in missing)))
     return pd.DataFrame(out, columns=["dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"])
 
 # %% ../nbs/14_reproduce.ipynb #fb56665f
