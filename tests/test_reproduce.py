@@ -45,7 +45,7 @@ def unbroken(tmp_path_factory):
 # what an edit touches
 
 @pytest.mark.parametrize("room,touched", [
-    ("contrast", {"stage2", "contrastive", "tour"}), ("metrics", {"metrics", "difference"}), ("anomaly", {"stage1", "stage2", "tour"}), ("finetune", {"stage2", "contrastive"}), ("features", {"stage1", "stage2", "contrastive", "memory", "scores", "tour"}),
+    ("contrast", {"stage2", "contrastive", "tour"}), ("metrics", {"metrics", "difference"}), ("anomaly", {"stage1", "stage2", "tour"}), ("finetune", {"stage2", "contrastive"}), ("features", {"stage1", "stage2", "contrastive", "memory", "scores", "metrics", "difference", "gallery", "tour"}),
     ("memory", {"memory", "scores", "metrics", "difference", "gallery", "tour"}), ("published", set()), ("report", set()), ("cli", set()), ("reproduce", set())])
 def test_an_edit_touches_what_it_can_change(room, touched):
     now = sources()
@@ -64,7 +64,7 @@ def test_comments_and_docstrings_touch_nothing():
 def test_a_stage_reads_only_what_its_key_names():
     "Every setting that a stage is given changes its key, and no other does"
     base = records.config("smoke")
-    other = dict(backbone="resnet18", norm="imagenet", size=64, seed=1, generator="nsa", rotate="none", foreground=True, count=2, loss="ce", bn="train", batch=4, epochs1=3, lr1=.1,
+    other = dict(backbone="resnet18", norm="imagenet", precision="bf16", compile=True, size=64, seed=1, generator="nsa", rotate="none", foreground=True, count=2, loss="ce", bn="train", batch=4, epochs1=3, lr1=.1,
         contrast="byol", layers=(2, 3), concat=True, predictor="mlp", width=64, scale=.5, colour=0., epochs2=3, lr2=.1, lr_head=None, lam=.1, patches="patchcore", dims=8, coreset=.2, scorer="paper", b=3, sigma=1.)
     for name, stage in STAGES.items():
         key = lambda cfg: records.task(name, cfg, "data", "weights").key
@@ -166,7 +166,7 @@ def test_a_students_walk(tmp_path):
     assert computed == {(m, s) for m, t in (("contrastive", "contrastive"), ("two_stage", "stage2")) for s in (t, "memory", "scores", "metrics")}
     assert third["contrastive"] != changed["contrastive"]
 
-    edit("09_metrics.ipynb", "code", "return _stats(\"pixel\", (p, f0, f1, N)) |", "return _stats(\"pixel\", (p, f0, f1, N)) | dict(extra=1.) |")
+    edit("09_metrics.ipynb", "code", "aupro=float(pro))", "aupro=float(pro), extra=1.)")
     computed, fourth = walk()
     assert computed == {(m, "metrics") for m in fourth} and fourth["frozen"]["extra"] == 1 and fourth["frozen"]["pixel_auroc"] == third["frozen"]["pixel_auroc"]
 
