@@ -15,7 +15,7 @@ for c in nb.cells:
     if c.cell_type == "code" and re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.source = ""
 text, resources = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "README_files"})
 text = re.sub(r"```python\s*```\n", "", text)
-text = re.sub(r"!\[png\]", "![a normal image, a pseudo-anomaly, what D sees, a defect and its heat maps]", text)
+text = re.sub(r"!\[png\]", "![a normal image, a pseudo-anomaly and its mask, D's probability, two views, a defect and its anomaly map]", text)
 for name, data in resources["outputs"].items():
     (out/name).parent.mkdir(parents=True, exist_ok=True)
     (out/name).write_bytes(data)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tocoad import archives
 from tocoad.archives import KNOWN, SUMS, Known, download, get, list_sets, lies, sets_text, unpack, verify
-from tocoad.data import write_mini
+from tocoad.data.images import write_mini
 from tocoad.fixtures import write_layout
 from tocoad.published import BadInput
 

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tocoad import archives, cli, data, detector, experiment, fixtures
+from tocoad import archives, cli, detector, experiment, fixtures
+from tocoad.data import images as data
 
 SETS = "--set epochs1=1 epochs2=1 width=32 resize=64 size=64"
 RUN = f"run --root {{in}} --category washer --profile smoke --quiet --out {{out}} {SETS}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tocoad.data import draw
+from tocoad.data.images import draw
 from tocoad.detector import (Detector, LEAST, Summary, decoded, export_onnx, fit, hash_order, is_ours, rank, score, scored, tally)
 from tocoad.published import BadInput
 from tocoad.records import config
@@ -94,7 +94,7 @@ def test_both_stages_and_the_file(shop, detector, tmp_path):
     assert any(not torch.equal(frozen[k], tuned[k]) for k in tuned)
     path = both.save(tmp_path/"new/model.safetensors")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("tocoad.features.weights_path", lambda *a: pytest.fail("weights were asked for"))
+        m.setattr("tocoad.method.features.weights_path", lambda *a: pytest.fail("weights were asked for"))
         back = Detector.load(path)
     for d, name in ((both, "a"), (back, "b")): score(d, shop/"parts", tmp_path/name, maps=2, progress=False)
     assert (tmp_path/"a/scores.csv").read_bytes() == (tmp_path/"b/scores.csv").read_bytes()

@@ -1,11 +1,14 @@
 """The method as a whole: every variant of the tables runs, independent implementations agree, real images give the known figures."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from tocoad import experiment, features
-from tocoad.data import load, write_mini
+from tocoad import experiment, records
+from tocoad.method import features
+from tocoad.data.images import load, write_mini
 from tocoad.records import config
 
 
@@ -20,7 +23,8 @@ TINY = dict(resize=64, size=64, epochs1=1, epochs2=1, width=32, batch=8)
 
 
 @pytest.mark.parametrize("change", [dict(generator="cutpaste"), dict(generator="nsa"), dict(layers=(4,)), dict(layers=(2, 3, 4)), dict(concat=True),
-    dict(lam=.1, loss="ce"), dict(contrast="byol"), dict(bn="train"), dict(predictor="mlp"), dict(foreground=True, count=2), dict(colour=0., scale=.6)],
+    dict(lam=.1, loss="ce"), dict(contrast="byol"), dict(bn1="train", bn2="train"), dict(bn2="views"), dict(predictor="mlp"),
+    dict(pool=2, printed=True), dict(view_of="crop", freeze=1), dict(train_d=True), dict(gamma=1., alpha=.25, loss1="same"), dict(clean=.5, label="full"), dict(foreground=True, count=2), dict(colour=0., scale=.6)],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))
 def test_every_variant_trains_and_changes_f(washer, change):
     cfg = config("smoke", **TINY | change)
@@ -28,6 +32,56 @@ def test_every_variant_trains_and_changes_f(washer, change):
     start = features.Features()
     assert features.state_hash(F) != features.state_hash(start) and not F.training
     assert all(np.isfinite(v) for e in log["stage2"] for v in e.values()) and 0 <= log["discriminator_auroc"] <= 1
+
+
+@pytest.mark.parametrize("change,what", [(dict(loss1="ce"), "D"), (dict(bn1="train"), "D"), (dict(generator="nsa", label="full"), "D"), (dict(clean=.9), "D"),
+    (dict(gamma=0.), "D"), (dict(scales=(4, 5)), "D"), (dict(threshold=.2), "D"), (dict(beta=0.), "D"), (dict(angle=0.), "D"), (dict(fill=0), "D"),
+    (dict(rotate="none"), "D"), (dict(seed=1), "D"), (dict(loss="ce"), "F"), (dict(view_of="crop"), "F"), (dict(ema=.5, contrast="byol", epochs2=2), "F"),
+    (dict(pool=2), "F"), (dict(printed=True), "F"), (dict(train_d=True), "F"), (dict(freeze=2), "F"), (dict(bn2="train"), "F"), (dict(generator="cutpaste", cutpaste="scar"), "D"),
+    (dict(generator="cutpaste", jitter=0.), "D"), (dict(generator="nsa", gradients="mixed"), "D"), (dict(foreground=True), "D"), (dict(count=3), "D")], ids=str)
+def test_a_setting_reaches_what_it_names_and_nothing_before(washer, change, what):
+    "Stage I's settings change D; stage II's leave D as it is and change F"
+    base = config("smoke", **TINY | dict(resize=96) | {k: change[k] for k in ("generator", "contrast", "epochs2") if k in change})
+    def trained(cfg):
+        c = records.resolved(cfg)
+        one = experiment.stage1(c, washer, [], {}, "cpu", False)
+        return one[1], experiment.stage2(c, washer, [one], {}, "cpu", False)[1]
+    washer = replace(washer, train=load(None, "mini", "washer", size=96).train[:8])
+    (D, F), (D_new, F_new) = trained(base), trained(base.replace(**change))
+    same = lambda a, b: all(np.array_equal(a[k], b[k]) for k in a)
+    assert same(D, D_new) == (what == "F") and not same(F, F_new)
+
+
+def test_readers_settings_reach_the_images():
+    cfg = config("smoke")
+    plain, cast = (experiment.load_at(*experiment.at(c)) for c in (cfg, cfg.replace(mask="cast")))
+    assert cast.test.masks.sum() < plain.test.masks.sum() and torch.equal(cast.test.images, plain.test.images)
+    assert cast.fingerprint != plain.fingerprint
+
+
+def test_the_image_score_may_be_the_maximum_of_the_map(washer):
+    scores = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
+    a, b = (experiment.maps_of(scores, config("smoke", **TINY | dict(image_score=k))) for k in ("patches", "map"))
+    assert np.array_equal(a[0], scores.max((1, 2))) and np.array_equal(b[0], b[1].max((1, 2))) and np.array_equal(a[1], b[1])
+
+
+def test_coreset_settings_reach_the_memory(washer):
+    idx = {}
+    for name, change in dict(plain={}, projected=dict(project=8), starts=dict(starts=5)).items():
+        c = records.resolved(config("smoke", **TINY | change))
+        idx[name] = experiment.memory(c, washer, [], {}, "cpu", False)[1]["idx"].tolist()
+    assert len({tuple(v) for v in idx.values()}) == 3 and len({len(v) for v in idx.values()}) == 1
+
+
+@pytest.mark.parametrize("category,rotate,gradients", [("leather", "both", "mixed"), ("wood", "slight", "mixed"), ("pill", "none", "source"), ("candle", "both", "source")])
+def test_the_category_decides_where_the_settings_say_so(category, rotate, gradients):
+    for profile in ("literal", "paper", "laptop"):
+        c = records.resolved(config(profile, category=category))
+        assert (c.rotate, c.gradients) == ("both" if profile == "literal" else rotate, gradients)
+        assert experiment.make_generator(c.replace(generator="nsa")).gradients == gradients
+    G = experiment.make_generator(records.resolved(config("laptop", category=category)))
+    assert G.rotate == rotate and G.label == "changed"
+    assert experiment.make_generator(records.resolved(config("literal", textures="embedded"))).label == "full"
 
 
 def test_bfloat16_changes_little_and_compilation_is_asked_for(washer, monkeypatch):

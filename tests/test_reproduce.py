@@ -8,7 +8,7 @@ import torch
 
 from tocoad import experiment, published, records, report, reproduce
 from tocoad.cli import main
-from tocoad.data import write_mini
+from tocoad.data.images import textures, write_mini
 from tocoad.fixtures import write_layout
 from tocoad.records import STAGES, Store, fingerprint, sources
 from tocoad.report import Results
@@ -44,9 +44,15 @@ def unbroken(tmp_path_factory):
 
 # what an edit touches
 
+EVERY = set(STAGES)
+SCORED = {"memory", "scores", "metrics", "curve", "difference", "gallery", "tour"}
+
+
 @pytest.mark.parametrize("room,touched", [
-    ("contrast", {"stage2", "contrastive", "tour"}), ("metrics", {"metrics", "difference"}), ("anomaly", {"stage1", "stage2", "tour"}), ("finetune", {"stage2", "contrastive"}), ("features", {"stage1", "stage2", "contrastive", "memory", "scores", "metrics", "difference", "gallery", "tour"}),
-    ("memory", {"memory", "scores", "metrics", "difference", "gallery", "tour"}), ("published", set()), ("report", set()), ("cli", set()), ("reproduce", set())])
+    ("method.perlin", {"stage1", "stage2", "tour"}), ("method.cutpaste", {"stage1", "stage2", "tour"}), ("method.nsa", {"stage1", "stage2", "tour"}),
+    ("method.contrast", {"stage2", "contrastive", "tour"}), ("method.finetune", {"stage2", "contrastive"}), ("method.features", EVERY),
+    ("method.memory", SCORED), ("method.coreset", SCORED), ("data.images", EVERY), ("metrics", {"metrics", "difference", "curve"}),
+    ("published", set()), ("paper.gaps", set()), ("report", set()), ("cli", set()), ("reproduce", set())])
 def test_an_edit_touches_what_it_can_change(room, touched):
     now = sources()
     edited = now | {room: now[room] + "\nEDITED = True\n"}
@@ -57,19 +63,25 @@ def test_an_edit_touches_what_it_can_change(room, touched):
 def test_comments_and_docstrings_touch_nothing():
     now = sources()
     edited = {r: "# a remark\n" + re.sub(r'^("""|")(?=[A-Za-z])', r"\1Edited. ", t, count=1, flags=re.M) for r, t in now.items()}
-    assert edited["pretrain"] != now["pretrain"]
+    assert edited["method.pretrain"] != now["method.pretrain"]
     for stage in STAGES.values(): assert fingerprint(stage.function, edited) == fingerprint(stage.function)
 
 
 def test_a_stage_reads_only_what_its_key_names():
     "Every setting that a stage is given changes its key, and no other does"
     base = records.config("smoke")
-    other = dict(backbone="resnet18", norm="imagenet", precision="bf16", compile=True, size=64, seed=1, generator="nsa", rotate="none", foreground=True, count=2, loss="ce", bn="train", batch=4, epochs1=3, lr1=.1,
-        contrast="byol", layers=(2, 3), concat=True, predictor="mlp", width=64, scale=.5, colour=0., epochs2=3, lr2=.1, lr_head=None, lam=.1, patches="patchcore", dims=8, coreset=.2, scorer="paper", b=3, sigma=1.)
+    other = dict(backbone="resnet18", norm="imagenet", precision="bf16", compile=True, size=64, seed=1, generator="nsa", rotate="none", angle=1.,
+        fill=0, scales=(1, 3), threshold=.4, beta=.5, foreground=True, count=2, clean=.5, label="full", cutpaste="scar", jitter=.2,
+        gradients="mixed", loss="ce", loss1="ce", gamma=1., alpha=.5, contrast="byol", ema=.9, layers=(2, 3), concat=True, pool=2,
+        predictor="mlp", width=64, printed=True, view_of="crop", scale=.5, colour=0., lam=.1, lam_alone=.5, bn1="train", bn2="train",
+        freeze=1, train_d=True, batch=4, epochs1=3, lr1=.1, epochs2=3, lr2=.1, lr_head=None, curve=1, patches="patchcore", dims=8,
+        coreset=.2, project=8, starts=2, scorer="paper", b=3, sigma=1., image_score="map")
+    assert set(records.Config.__dataclass_fields__) - set(other) == {"profile", "dataset", "category", "method", "weights", "textures",
+                                                                     "resize", "shorter", "mask"}
     for name, stage in STAGES.items():
         key = lambda cfg: records.task(name, cfg, "data", "weights").key
         moved = {k for k, v in other.items() if key(base.replace(**{k: v})) != key(base)}
-        assert moved == set(stage.fields) - {"weights", "textures"}
+        assert moved == {*stage.fields, "precision"} - {"weights", "textures"}
         assert key(base) != records.task(name, base, "other data", "weights").key
 
 
@@ -156,12 +168,12 @@ def test_a_students_walk(tmp_path):
     computed, again = walk()
     assert not computed and again == first
 
-    edit("02_anomaly.ipynb", "code", "beta: tuple = (0, .8)", "beta: tuple = (0, .1)")
+    edit("method/1_perlin.ipynb", "code", "return blend(I, A, M, uniform(", "return blend(I, A, M, .5*uniform(")
     computed, changed = walk()
     assert computed == {("two_stage", s) for s in ("stage1", "stage2", "memory", "scores", "metrics")}
     assert changed["two_stage"] != first["two_stage"] and changed["frozen"] == first["frozen"] and changed["contrastive"] == first["contrastive"]
 
-    edit("06_contrast.ipynb", "code", "flip:float=.5", "flip:float=.1")
+    edit("method/5_contrast.ipynb", "code", "flip:float=.5", "flip:float=.1")
     computed, third = walk()
     assert computed == {(m, s) for m, t in (("contrastive", "contrastive"), ("two_stage", "stage2")) for s in (t, "memory", "scores", "metrics")}
     assert third["contrastive"] != changed["contrastive"]
@@ -170,7 +182,7 @@ def test_a_students_walk(tmp_path):
     computed, fourth = walk()
     assert computed == {(m, "metrics") for m in fourth} and fourth["frozen"]["extra"] == 1 and fourth["frozen"]["pixel_auroc"] == third["frozen"]["pixel_auroc"]
 
-    edit("06_contrast.ipynb", "markdown", "The", "This")
+    edit("method/5_contrast.ipynb", "markdown", "The", "This")
     computed, _ = walk()
     assert not computed
 
@@ -191,7 +203,7 @@ def test_components_are_part_of_the_key_and_stay_as_they_are(tmp_path):
     again = experiment.judge(data, first.image["sharp"][0], first.maps["sharp"][0])
     assert again["pixel_auroc"] == first.rows.query("method == 'sharp'").pixel_auroc.item(), "the maps are those of the method"
     assert {tuple(r["custom"]) for r in store.records()} == {(), ("views",)}
-    opaque = experiment.tasks(cfg, data, dict(generator=experiment.Perlin(beta=(0, .1))))["stage1"]
+    opaque = experiment.tasks(cfg, data, dict(generator=experiment.Perlin(textures=textures(limit=4), beta=(0, .1))))["stage1"]
     assert opaque.custom == ("generator",) and opaque.key != experiment.tasks(cfg, data)["stage1"].key
 
 
@@ -235,14 +247,14 @@ def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly):
 def test_reading_from_the_store_imports_no_torch(unbroken):
     code = f"import sys; from tocoad import reproduce; r = reproduce.results('table5', profile='smoke', categories=['washer'], settings={TINY}, store={str(unbroken)!r}); print(len(r.runs), 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["4", "False"]
+    assert run.stdout.split() == ["5", "False"]
 
 
 def test_a_failed_cell_is_a_row_and_is_tried_again(tmp_path):
     o = options(tmp_path/"store", settings=[*TINY, "lr2=1e30"])
     for _ in range(2):
         r = Results(reproduce.compute(["table5"], o)["table5"])
-        assert r.rows == ["frozen F", "NCL ×, DNP ×"] and len(r.failed) == 2 and all("The loss became" in f for f in r.failed)
+        assert r.rows == ["frozen F", "NCL ×, DNP ×"] and len(r.failed) == 3 and all("The loss became" in f for f in r.failed)
     tried = [s for s, _ in journal(tmp_path/"store")]
     assert tried.count("stage1") == 1 and "stage2" not in tried
 
@@ -275,7 +287,7 @@ def test_failures_end_with_status_1(say, tmp_path):
 
 def test_dry_run_counts_what_is_shared(say, tmp_path):
     status, out, err = say("reproduce", "all", "--dry-run", "--store", tmp_path/"none")
-    assert status == 0 and f"{len(published.configurations())} configurations on 5 categories" in out and "0 stages stored" in out
+    assert status == 0 and f"{len(published.configurations()) + 2} configurations on 5 categories" in out and "0 stages stored" in out
     assert not (tmp_path/"none").exists()
 
 
@@ -295,6 +307,17 @@ def test_dry_run_counts_what_is_shared(say, tmp_path):
     (["reproduce", "table1", "--store", "{full}", "--out", "{tmp}/o"], 1, "holds other files"),
     (["reproduce", "table1", "--out", "{file}/out", "--store", "{tmp}/s"], 1, "choose another folder with --out"),
     (["reproduce", "table1", "--device", "cuda:99", "--out", "{tmp}/o", "--store", "{tmp}/s"], 1, "There is no device 'cuda:99'"),
+    (["reproduce", "table7", "--set", "generator=nsa"], 2, "table7 has a row 'Generator CutPaste', which fixes generator"),
+    (["reproduce", "table6", "--set", "lam=0.9"], 2, "table6 has a row 'Loss CE, λ 0.1', which fixes lam"),
+    (["reproduce", "verdict", "--set", "layers=4"], 2, "which fixes layers"),
+    (["reproduce", "table5", "--profile", "paper"], 2, "name the folder as textures=FOLDER"),
+    (["reproduce", "table5", "--profile", "smoke", "literal"], 2, "textures=embedded"),
+    (["run", "--profile", "literal"], 2, "name the folder as textures=FOLDER"),
+    (["run", "--set", "textures={tmp}/nowhere"], 1, "no texture images under"),
+    (["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--profile", "paper", "--stages", "both"], 2, "name the folder as textures=FOLDER"),
+    (["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--set", "mask=cast"], 2, "it speaks of a test set with masks"),
+    (["run", "--set", "lr_head=-1"], 2, "lr_head must be 0 or more"),
+    (["run", "--set", "colour=nan"], 2, "colour must be 0 or more"),
     (["runs", "list", "--store", "{tmp}/none"], 1, "there is no store at"),
     (["run", "--set", "method=frozen"], 2, "every method is run")])
 def test_bad_input_is_one_sentence(say, tmp_path, words, status, sentence):
@@ -305,11 +328,70 @@ def test_bad_input_is_one_sentence(say, tmp_path, words, status, sentence):
     assert not list((tmp_path/"full").glob("store*"))
 
 
+LITE = ["backbone=tf_efficientnet_lite0", "patches=mean", "dims=none", "textures=embedded", *TINY]
+
+
+def test_two_profiles_stand_side_by_side(say, tmp_path):
+    "What `paper` changes of the paper's words is seen in one table; controls stand where batch norm takes new statistics"
+    status, _, err = say("reproduce", "table5", "--profile", "literal", "paper", "--categories", "washer", "--set", *LITE, "--store", tmp_path/"s", "--out", tmp_path/"o", "--quiet")
+    assert status == 0, err
+    text = (tmp_path/"o"/"tables"/"table5.md").read_text()
+    assert "profile literal and paper" in text and "textures=embedded" in text.splitlines()[0]
+    head, rows = next(l for l in text.splitlines() if l.startswith("| NCL")), [l for l in text.splitlines() if l.startswith("| ")]
+    assert all(f"{p} I-AUROC (%) ours" in head for p in ("literal", "paper")) and head.count("I-AUROC (%) published") == 1
+    assert any(l.startswith("| rate 0, both stages, Perlin") for l in rows) and any(l.startswith("| C alone, weight 0.5") for l in rows)
+    both = reproduce.results("table5", ["literal", "paper"], categories=["washer"], settings=LITE, store=str(tmp_path/"s"))
+    literal, paper = both, both.beside[0]
+    frozen = lambda r, c: r.runs[r.runs.row == "frozen F"][c].item()
+    assert frozen(literal, "pixel_auroc") != frozen(paper, "pixel_auroc"), "Eq. 9's scores against plain distances"
+    assert "rate 0, C alone" in literal.rows and "rate 0, C alone" not in paper.rows
+    d = literal.differences
+    assert set(d[d.base == "rate 0, both stages, Perlin"].row) == {"NCL ✓, DNP ✓"}
+    assert set(paper.differences[paper.differences.base == "C alone, weight 0.5"].row) == {"NCL ✓, DNP ✓"}
+
+
+def test_every_two_stage_row_says_the_share_of_ds_pull(unbroken):
+    r = reproduce.results("table5", profile="smoke", categories=["washer"], settings=TINY, store=str(unbroken))
+    pull = r.runs.set_index("row").pull
+    assert 0 < pull["NCL ✓, DNP ✓"] < 100 and pull.drop("NCL ✓, DNP ✓").isna().all()
+    assert "D's pull, %" in report.ablation(r).columns.get_level_values(0)
+
+
+def test_best_epoch_by_test_labels_is_a_column_of_its_own(tmp_path):
+    o = options(tmp_path/"s", settings=[*TINY, "epochs2=2", "curve=1"])
+    r = Results(reproduce.compute(["table8"], o)["table8"], None, o.rows("table8"))
+    trained = r.runs[r.runs.row != "frozen F"]
+    assert (trained.oracle_pixel_auroc >= trained.pixel_auroc).all() and r.runs[r.runs.row == "frozen F"].oracle_pixel_auroc.isna().all()
+    assert "best epoch by test labels" in report.ablation(r).columns.get_level_values(1)
+    assert any("oracle" in n for n in report.notes(r))
+
+
+def test_a_result_of_another_arithmetic_or_version_has_another_key(monkeypatch):
+    cfg, data = records.config("smoke"), experiment.load(None, "mini", "washer", size=64)
+    key = lambda cfg=cfg, device="cpu": {s: t.key for s, t in experiment.tasks(cfg, data, device=device).items()}
+    first = key()
+    for other in (key(device="cuda"), key(cfg.replace(precision="bf16"))): assert not set(first.values()) & set(other.values())
+    assert key(cfg.replace(precision="tf32")) == first, "a CPU knows no TF32"
+    assert not set(key(cfg.replace(precision="tf32"), "cuda").values()) & set(key(device="cuda").values())
+    for package in records.COMPUTING:
+        monkeypatch.setattr(records, "versions", lambda p=package, v=records.versions(): v | {p: "0"})
+        assert not set(first.values()) & set(key().values()), package
+        monkeypatch.undo()
+
+
+def test_rows_of_table_6_share_one_discriminator():
+    data = experiment.load(None, "mini", "washer", size=64)
+    o = reproduce.options("smoke")
+    one = {row.name: experiment.tasks(o.config("mini", "washer", 0, row), data)["stage1"].key for row in o.rows("table6") if row.changes["method"] == "two_stage"}
+    other = one.pop("λ 0.5, Loss CE, D by CE too")
+    assert len(one) == 10 and len(set(one.values())) == 1 and other not in one.values()
+
+
 def test_runs_list_show_prune(say, tmp_path, unbroken):
     store = tmp_path/"store"
     shutil.copytree(unbroken, store)
     status, out, _ = say("runs", "list", "--store", store)
-    assert status == 0 and out.count("mini/washer") == 3 and "stage1: 1 records" in out
+    assert status == 0 and out.count("mini/washer") == 4 and "stage1: 1 records" in out
     key = out.split()[0]
     assert json.loads(say("runs", "show", key, "--store", store)[1])["stage"] == "metrics"
     assert "0 records begin with 'zzz'" in say("runs", "show", "zzz", "--store", store)[2]

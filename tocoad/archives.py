@@ -547,7 +547,7 @@ class _Seen(NamedTuple):
     wrong: str = ""         # why it cannot be read
 
 def _look(path, name, cut, hashed): # cut: None for an image, a number for a mask
-    from tocoad.data import SUFFIXES, binary, open_image, upright
+    from tocoad.data.images import SUFFIXES, binary, open_image, upright
     try:
         if path.exists() and not path.is_file(): return _Seen(wrong=f"{name} cannot be read (it is no ordinary file)")
         if path.suffix.lower() not in SUFFIXES or path.name.startswith("."): return _Seen(hash=digest(path, progress=False) if hashed else None)
@@ -576,7 +576,7 @@ def _sums(file): # {path: hash} of a manifest
     return {plain(m).removeprefix("./"): m[1].lower() for m in found}
 
 def _open_set(root, dataset): # the set's name, title, categories, and its reader
-    from tocoad.data import DATASETS, LAYOUTS, TITLES, Item, image_files, recognise
+    from tocoad.data.images import DATASETS, LAYOUTS, TITLES, Item, image_files, recognise
     if dataset is not None: one_of(dataset, [*DATASETS, "dtd"], "the data set")
     if dataset == "dtd" or dataset is None and any((root / p).is_dir() for p in parts("dtd")):
         return "dtd", KNOWN["dtd"].title, ["dtd"], lambda root, c: [Item(f, False, p, None, "all") for p in parts("dtd") for f in image_files(root / p)]
@@ -639,7 +639,7 @@ def _read_all(root, names, read, r): # {category: items}, and the categories tha
     return items, blocked
 
 def _decode_all(tree, items, hashed, progress): # {path: _Seen}
-    from tocoad.data import SUFFIXES
+    from tocoad.data.images import SUFFIXES
     cuts = {i.mask: i.cut for its in items.values() for i in its if i.mask}
     own = {q for its in items.values() for i in its for q in (i.path, i.mask) if q}; files = {p: n for n, p in tree.items()}
     todo = [(p, files.get(p, str(p)), cuts.get(p), hashed) for p in files | dict.fromkeys(own - set(files))

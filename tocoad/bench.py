@@ -324,7 +324,9 @@ def _train(
 ) -> tuple: # images per second, losses of the measured epochs
     "Warm up, wait for the others, train"
     import torch
-    from tocoad import data, discriminator, experiment, finetune, pretrain
+    from tocoad import experiment
+    from tocoad.data import images as data
+    from tocoad.method import discriminator, finetune, pretrain
     if device == "cpu": torch.set_num_threads(threads)
     images = data.mini(cfg.category, cfg.resize).train.images
     images = images[torch.arange(n) % len(images)].to(device)

@@ -25,11 +25,13 @@ from scipy.ndimage import binary_erosion
 from scipy.stats import beta
 from torch import nn
 from tqdm.auto import tqdm
-from .data import SUFFIXES, fingerprint, open_image, read_image, rgb
+from .data.images import SUFFIXES, fingerprint, open_image, read_image, rgb
 from .experiment import embed, embed_batch, find_device, train
-from .features import Features, halving
-from .memory import SCORERS, Memory, anomaly_maps, coreset, patch_features
-from .pretrain import seeded
+from .method.features import Features
+from .method.halving import halving
+from .method.coreset import coreset
+from .method.memory import SCORERS, Memory, anomaly_maps, patch_features
+from .method.pretrain import seeded, stream
 from .published import BadInput, one_of, printable
 from .records import CHOICES, Config, code_hash, hardware, versions, write_json
 
@@ -172,16 +174,6 @@ def read_good(
     facts = dict(found=len(found), copies=len(names) - len(keep), aspects=[f(w/h for _, (_, (w, h), _) in got) for f in (min, max)])
     return images[keep], [names[i] for i in keep], facts, notes
 
-# %% ../nbs/17_detector.ipynb #8f4b3ff0
-@contextmanager
-def _exact():
-    "Convolutions in full single precision on a GPU too, no gradients"
-    conv = torch.backends.cudnn.conv
-    old, conv.fp32_precision = conv.fp32_precision, "ieee"
-    try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False): yield
-    finally: conv.fp32_precision = old
-
 # %% ../nbs/17_detector.ipynb #7c9f1048
 @dataclass(eq=False, repr=False)
 class Detector:
@@ -200,7 +192,7 @@ class Detector:
 
     def patch_scores(self, images): # uint8 (N, 3, size, size) -> float (N, h, w) on the CPU
         "The distance of every patch to the memory (Eq. 8 or 9)"
-        with _exact(): s = SCORERS[self.cfg.scorer](self.memory, embed_batch(self.F, images, self.cfg), self.cfg.b)
+        with torch.no_grad(): s = SCORERS[self.cfg.scorer](self.memory, embed_batch(self.F, images, self.cfg), self.cfg.b)
         return s.float().cpu().unflatten(1, (math.isqrt(s.shape[1]),)*2)
 
     def maps(self, patch_scores): # (N, h, w) -> (N, size, size)
@@ -244,8 +236,9 @@ def fit(
     images, names, facts, notes = read_good(good, cfg.size, most, cfg.seed, progress)
     n = min(max(1, round(held_out*len(images))), len(images) - 2)
     F, log = train(cfg, images[n:].to(device), cfg.method, progress)
-    with _exact(): X = halving(lambda x: embed_batch(F, x, cfg).cpu(), images[n:], 32, say)[0].flatten(0, 1).to(device)
-    M = Memory(X[coreset(X, cfg.coreset, generator=torch.Generator().manual_seed(cfg.seed))], total=len(X))
+    X = halving(lambda x: embed_batch(F, x, cfg).cpu(), images[n:], 32, say)[0].flatten(0, 1).to(device)
+    idx = coreset(X, cfg.coreset, project=cfg.project, starts=cfg.starts, generator=stream(cfg.seed, "coreset"))
+    M = Memory(X[idx], total=len(X))
     detector = Detector(F.eval(), M, cfg, torch.zeros(0), {})
     about = calibrate(detector, images[:n], names, quantile, say=say)
     facts |= dict(train=len(images) - n, held_out=n, patches=len(X), kept=len(M), fingerprint=fingerprint(images[n:]))
@@ -380,7 +373,7 @@ def load(cls:Detector,
     "Read a detector; BadInput says why not"
     device, (cfg, about) = find_device(device), _about(path)
     with safe_open(path, "pt") as f: found = {k: f.get_tensor(k) for k in f.keys()}
-    with seeded(0): F = Features(cfg.backbone, "random", cfg.norm)
+    with seeded(0, "F"): F = Features(cfg.backbone, "random", cfg.norm)
     _compare(path, found, {f"F.{k}": v for k, v in F.state_dict().items()} | dict(bank=None, held=None))
     F.load_state_dict({k: found[f"F.{k}"] for k in F.state_dict()}); F.weights_hash = about["weights"]
     with torch.no_grad(): d = embed(F, torch.zeros(1, 3, cfg.size, cfg.size, dtype=torch.uint8), cfg).shape[-1]
@@ -726,7 +719,7 @@ def export_onnx(
     try: files[0].parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"cannot write into {files[0].parent} ({e.strerror}): give another place") from None
     about = {k: str(v) for k, v in dict(format=FORMAT, version=VERSION, threshold=a["threshold"], size=c.size, input="RGB in [0, 1], squeezed to size x size").items()}
-    with seeded(0): x = torch.rand(2, 3, c.size, c.size)
+    with seeded(0, "example"): x = torch.rand(2, 3, c.size, c.size)
     to_patches, to_scores = ToPatches(detector), ToScores(detector)
     with torch.no_grad(): q = to_patches(x)
     _export(to_patches, x, files[0], ("images", "patches"), about); _export(to_scores, q, files[1], ("patches", "patch_scores,image_scores"), about)

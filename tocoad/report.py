@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'METHOD_NAMES', 'AVERAGES', 'STANDS_IN', 'INK', 'GREY', 'HUE
            'plot', 'scale', 'footer', 'samples']
 
 # %% ../nbs/13_report.ipynb #85863486
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,8 @@ from .published import BadInput, label
 
 # %% ../nbs/13_report.ipynb #7444cc5c
 NAMES = dict(image_auroc="image AUROC", pixel_auroc="pixel AUROC", aupro="AUPRO")
-METHOD_NAMES = dict(frozen="frozen F", contrastive="contrastive only", two_stage="two-stage")
+METHOD_NAMES = dict(frozen="frozen F", contrastive="contrastive only", two_stage="two-stage", contrastive_control="contrastive, rate 0",
+                    control="two-stage, rate 0")
 
 def title(
     record:dict, # as made by `experiment.record`
@@ -46,8 +47,9 @@ def table(
     for m, values in record["methods"].items():
         row = {NAMES[k]: _cell(values.get(k)) for k in NAMES}
         gains = values.get("difference", {})
-        rows[METHOD_NAMES.get(m, m)] = row | {f"Δ {NAMES[k]}": _cell(gains.get(k), signed=True) for k in NAMES}
-    return pd.DataFrame(rows).T.rename_axis(None)
+        row |= {f"Δ {NAMES[k]}": _cell(gains.get(k), signed=True) for k in NAMES}
+        rows[METHOD_NAMES.get(m, m)] = row | ({"D's pull": f"{values['pull']['mean']:.1f} %"} if "pull" in values else {})
+    return pd.DataFrame(rows).T.fillna("-").rename_axis(None)
 
 # %% ../nbs/13_report.ipynb #20313c57
 def text(
@@ -60,7 +62,8 @@ def text(
         rows = ["| " + " | ".join([name, *row]) + " |" for name, row in zip(t.index, t.values.tolist())]
         body = "\n".join(["| method | " + " | ".join(t.columns) + " |", "|---" + "|---"*len(t.columns) + "|", *rows])
     else: body = t.to_string()
-    return f"{title(record)}\n\n{body}\n\nPer cent; ± deviation over seeds; Δ paired difference to frozen with 95 % bootstrap interval.\n"
+    pull = " D's pull: the length of D's gradient on F as a share of C's and D's, mean over epochs." if "D's pull" in t else ""
+    return f"{title(record)}\n\n{body}\n\nPer cent; ± deviation over seeds; Δ paired difference to frozen with 95 % bootstrap interval.{pull}\n"
 
 # %% ../nbs/13_report.ipynb #aa006d09
 AVERAGES = {"mini": dict(texture_avg=("brick", "grass", "gravel"), object_avg=("washer", "plug"))}
@@ -71,6 +74,8 @@ class Results:
     "What a reproduction says about one table or figure"
     sheet: dict # as made by `reproduce.sheet`
     store: object = None # where the arrays of figures lie
+    plan: tuple = () # of `reproduce.Row`
+    beside: list = field(default_factory=list) # the same target with other profiles
 
     def __post_init__(self):
         s = self.sheet
@@ -87,7 +92,8 @@ class Results:
         what = "; ".join(f"{label(d)}: {len(cs)} categories" if len(cs) > 3 else f"{label(d)}: {', '.join(cs)}" for d, cs in sets.items()) or "nothing there"
         machine = " and ".join(dict.fromkeys(h["device"] if h["device"] != "cpu" else f"{h['cpu']}, {h['cores']} cores" for h in s["hardware"]))
         also = f", with {' '.join(s['settings'])}" if s["settings"] else ""
-        return f"{what}; profile {s['profile']}{mark}{also}; seed{'s' if n > 1 else ''} {', '.join(map(str, s['seeds']))}; {machine or 'no machine'}"
+        profiles = " and ".join([s["profile"], *(b.sheet["profile"] for b in self.beside)])
+        return f"{what}; profile {profiles}{mark}{also}; seed{'s' if n > 1 else ''} {', '.join(map(str, s['seeds']))}; {machine or 'no machine'}"
 
     @property
     def failed(self): # texts
@@ -165,10 +171,23 @@ def _pair(parts, sign=False):
 
 def _metrics(n): return [m for m in ("image_auroc", "pixel_auroc") if m in set(published.table(n).metric)]
 
+def _side_by_side(
+    r:Results,
+    make, # function: `Results` -> frame
+) -> pd.DataFrame: # with the profile above the columns where there are several
+    "One frame, or those of several profiles side by side; what the paper printed stands once"
+    if not r.beside: return make(r)
+    frames = {x.sheet["profile"]: make(x) for x in (r, *r.beside)}
+    later = {p: f.drop(columns=[c for c in f if c[-1] == "published"]) for p, f in list(frames.items())[1:]}
+    return pd.concat({r.sheet["profile"]: frames[r.sheet["profile"]]} | later, axis=1).fillna("-")
+
 def comparison(
     r:Results, # of table1, table2 or table3
 ) -> pd.DataFrame: # text; rows: categories and averages, columns: (method, "published" | "ours" | "ours - published")
     "Tables 1-3: published, ours, difference"
+    return _side_by_side(r, _comparison)
+
+def _comparison(r):
     n, metrics = int(r.target[-1]), _metrics(int(r.target[-1]))
     t, names = published.table(n), list(published.table(n).method.unique())
     paper = t.dataset[0]
@@ -185,6 +204,7 @@ def comparison(
             ours = [value(r, m, k, dataset, over) for k in metrics]
             row[m, "ours"] = _pair([None if np.isnan(v.mean) else v for v in ours])
             if m in names: row[m, "ours - published"] = _pair([v.mean - k if len(v.of) >= v.whole else np.nan for v, k in zip(ours, known)], sign=True)
+            if "pull" in r.runs and r.runs[r.runs.row == m].pull.notna().any(): row[m, "D's pull, %"] = str(value(r, m, "pull", dataset, over))
     return _levels(pd.DataFrame(list(out.values()), index=pd.MultiIndex.from_tuples(out, names=[None, " / ".join(map(label, metrics))])).fillna("-"))
 
 def _levels(frame): return frame.set_axis(pd.MultiIndex.from_tuples(frame.columns), axis=1) if len(frame.columns) else frame
@@ -195,6 +215,9 @@ def gains(
     base:str="frozen F", # the row to compare with
 ) -> pd.DataFrame: # text; rows: categories and averages, columns: (method, metric)
     "Paired differences with 95 % intervals, for each category and average"
+    return _side_by_side(r, lambda r: _gains(r, base))
+
+def _gains(r, base):
     n = int(r.target[-1])
     out = {name: {(m, label(k)): _interval(gain(r, m, base, k, d, over)) for m in r.rows if m != base for k in _metrics(n)} for name, d, over in _places(r, n)}
     return _levels(pd.DataFrame(list(out.values()), index=list(out)))
@@ -228,14 +251,18 @@ def _interval(d): return "-" if d is None else f"{d.mean:+.2f} [{d.low:+.2f}, {d
 # %% ../nbs/13_report.ipynb #c6165174
 def ablation(
     r:Results, # of table4 to table9
-    rows, # of `reproduce.Row`
-) -> pd.DataFrame: # text; rows: settings, columns: (metric, "published" | "ours" | "ours - published" | "vs reference" | "vs frozen F")
-    "Tables 4-9: published, ours, differences"
+) -> pd.DataFrame: # text; rows: settings, columns: (metric, "published" | "ours" | "ours - published" | "vs reference" | ...)
+    "Tables 4-9: published, ours, differences; rows of our own below"
+    return _side_by_side(r, _ablation)
+
+def _ablation(r):
+    rows = r.plan
     n, dataset = int(r.target[-1]), "mini" if r.sheet["mini"] else "mvtec_ad"
     every = groups_of(dataset)["total_avg"]
     reference, out = next((x.name for x in rows if x.reference), None), {}
+    bases = {b for b in r.differences.base if b.startswith("rate 0")}
     for x in rows:
-        name = tuple(label(v) for _, v in x.label) if x.label else ("frozen F",) + ("",)*(len(next(y.label for y in rows if y.label)) - 1)
+        name = tuple(label(v) for _, v in x.label) if x.label else (x.name,) + ("",)*(len(next(y.label for y in rows if y.label)) - 1)
         row = out[name] = {}
         for m in ("image_auroc", "pixel_auroc"):
             said, ours = published.cell(n, metric=m, **dict(x.label)) if x.label else None, value(r, x.name, m, dataset, every)
@@ -244,6 +271,10 @@ def ablation(
             row[label(m), "ours - published"] = f"{ours.mean - said:+.2f}" if x.label and dataset != "mini" and len(ours.of) == ours.whole else "-"
             for to, base in (("vs reference", reference), ("vs frozen F", "frozen F")):
                 row[label(m), to] = "(reference)" if x.name == base == reference else _interval(gain(r, x.name, base, m, dataset, every)) + _part(r, x.name, base, m, every)
+            found = [d for b in bases if (d := gain(r, x.name, b, m, dataset, every))]
+            if bases: row[label(m), "vs its control"] = _interval(found[0] if found else None)
+            if f"oracle_{m}" in r.runs: row[label(m), "best epoch by test labels"] = str(value(r, x.name, f"oracle_{m}", dataset, every))
+        if "pull" in r.runs: row["D's pull, %", ""] = str(value(r, x.name, "pull", dataset, every))
     columns = [label(k) for k, _ in next(y.label for y in rows if y.label)]
     index = pd.MultiIndex.from_tuples(out, names=columns) if len(columns) > 1 else pd.Index([k[0] for k in out], name=columns[0])
     return _levels(pd.DataFrame(list(out.values()), index=index))
@@ -274,12 +305,14 @@ def forest(
 # %% ../nbs/13_report.ipynb #f2454dc1
 def ablation_forest(
     r:Results, # of table4 to table9
-    rows, # of `reproduce.Row`
     base:str="frozen F",
 ): # matplotlib figure
     "Each setting's gain over the frozen F, averaged over the categories that are there"
-    every = groups_of("mini" if r.sheet["mini"] else "mvtec_ad")["total_avg"]
-    return forest({label(m): {"": {x.name: gain(r, x.name, base, m, "mini" if r.sheet["mini"] else "mvtec_ad", every) for x in rows if x.name != base}} for m in ("image_auroc", "pixel_auroc")}, r.title())
+    dataset = "mini" if r.sheet["mini"] else "mvtec_ad"
+    every = groups_of(dataset)["total_avg"]
+    points = lambda x, m: {row.name: gain(x, row.name, base, m, dataset, every) for row in x.plan if row.name != base}
+    series = lambda m: {x.sheet["profile"] if r.beside else "": points(x, m) for x in (r, *r.beside)}
+    return forest({label(m): series(m) for m in ("image_auroc", "pixel_auroc")}, r.title())
 
 def comparison_forest(
     r:Results, # of table1, table2 or table3
@@ -289,7 +322,9 @@ def comparison_forest(
     n, d = int(r.target[-1]), r.runs.dataset.iloc[0]
     there = [c for c in groups_of(d)["total_avg"] if c in set(r.runs.category)]
     over = {label(c): c for c in there} | {label(a): cs for a, cs in groups_of(d, n == 1).items()}
-    return forest({label(m): {x: {k: gain(r, x, base, m, d, v) for k, v in over.items()} for x in r.rows if x != base} for m in _metrics(n)}, r.title())
+    named = lambda x, row: f"{row}, {x.sheet['profile']}" if r.beside else row
+    series = lambda m: {named(x, row): {k: gain(x, row, base, m, d, v) for k, v in over.items()} for x in (r, *r.beside) for row in x.rows if row != base}
+    return forest({label(m): series(m) for m in _metrics(n)}, r.title())
 
 # %% ../nbs/13_report.ipynb #5ae522d1
 def notes(
@@ -299,7 +334,11 @@ def notes(
     s, n = r.sheet, len(r.sheet["seeds"])
     out = ["Per cent. " + (f"± is the sample deviation over {n} seeds." if n > 1 else "One seed, so no deviation can be given.") + " Differences are paired, same test images and seeds, with 95 % bootstrap intervals over images" + (" and seeds." if n > 1 else "; with one seed they do not know the noise of training.")]
     if s["mini"]: out.append("The embedded mini data set stands in for the paper's: its numbers say nothing about the paper's.")
-    out += [f"{m}." for m in r.missing] + [f"Failed: {f}" for f in r.failed]
+    if "pull" in r.runs: out.append("D's pull is the length of D's gradient on F as a share of C's and D's together, both weighted by Eq. 6, mean over epochs.")
+    if r.differences.base.str.startswith("rate 0").any():
+        out.append("A control is the same run at rate 0: no weight moves, batch norm takes its statistics from the same forward passes.")
+    if any(c.startswith("oracle") for c in r.runs): out.append("The best epoch by test labels is an oracle: nobody without labels could choose it. Results are those of the last epoch.")
+    out += [f"{m}." for m in r.missing] + [f"Failed: {f}" for x in (r, *r.beside) for f in x.failed]
     if r.missing and len(r.runs): out.append("An average over fewer categories than the paper's says so in brackets and is not compared with the paper's.")
     if r.target[5:].isdigit(): out += [str(x) for x in published.remarks(int(r.target[5:]))]
     return out
@@ -309,6 +348,7 @@ def tidy(
     r:Results,
 ) -> pd.DataFrame: # dataset, category, row, metric, mean, std, seeds, categories averaged, base and gain with interval; per cent
     "All numbers of a table in long form"
+    if r.beside: return pd.concat([tidy(Results(x.sheet, x.store, x.plan)).assign(profile=x.sheet["profile"]) for x in (r, *r.beside)])
     out = []
     for d in r.runs.dataset.unique() if len(r.runs) else ():
         there = [c for c in groups_of(d)["total_avg"] if c in set(r.runs.category)]
