@@ -94,7 +94,7 @@ def test_both_stages_and_the_file(shop, detector, tmp_path):
     assert any(not torch.equal(frozen[k], tuned[k]) for k in tuned)
     path = both.save(tmp_path/"new/model.safetensors")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("tocoad.method.features.weights_path", lambda *a: pytest.fail("weights were asked for"))
+        m.setattr("tocoad.method.weights.weights_path", lambda *a: pytest.fail("weights were asked for"))
         back = Detector.load(path)
     for d, name in ((both, "a"), (back, "b")): score(d, shop/"parts", tmp_path/name, maps=2, progress=False)
     assert (tmp_path/"a/scores.csv").read_bytes() == (tmp_path/"b/scores.csv").read_bytes()

@@ -17,11 +17,9 @@ from .features import arithmetic
 class Views(nn.Module):
     "SimSiam's augmentation, in batch"
     def __init__(self,
-        size:int=224, # side of a view, pixels
-        scale:tuple=(.2, 1.), # share of the area a crop keeps
+        size:int=224, scale:tuple=(.2, 1.), # side of a view, pixels; share of the area a crop keeps
         colour:float=.4, hue:float=.1, # strength of brightness, contrast and saturation; of hue
-        gray:float=.2, # probability of losing all colour
-        blur:tuple=(.1, 2.), # deviation of the Gaussian blur, pixels
+        gray:float=.2, blur:tuple=(.1, 2.), # probability of losing all colour; deviation of the Gaussian blur, pixels
         flip:float=.5, # probability of a mirror image
     ):
         super().__init__()
@@ -41,41 +39,28 @@ class Views(nn.Module):
         return images.clamp(0, 1)
 
 # %% ../../nbs/method/5_contrast.ipynb #69619239
-def neg_cosine(
-    p, # predictions (B, d)
-    z, # projections (B, d); no gradient flows into them
-): # mean over the batch, in [-1, 1]
-    "Negative cosine similarity with a stop-gradient on `z`, Eq. 3"
+def neg_cosine(p, z): # predictions and projections (B, d); no gradient flows into the latter
+    "Negative cosine similarity with a stop-gradient on `z`, Eq. 3, mean over the batch"
     return -nn.functional.cosine_similarity(p, z.detach(), dim=1).mean()
 
 # %% ../../nbs/method/5_contrast.ipynb #c4aa6a74
-def sym_loss(
-    ps, # predictions of M views, M x (B, d)
-    zs, # projections of M views, M x (B, d)
-    printed:bool=False, # True: Eq. 5 as printed, twice the mean over pairs
-): # scalar in [-1, 1]; [-2, 2] if printed
-    "Symmetric negative cosine over all pairs of views, Eq. 4 and 5"
+def sym_loss(ps, zs, printed:bool=False): # predictions and projections of M views, M x (B, d); Eq. 5 as printed
+    "Symmetric negative cosine over all pairs of views, Eq. 4 and 5: their mean in [-1, 1], or as printed twice that"
     pairs = [neg_cosine(p, z) for i, p in enumerate(ps) for j, z in enumerate(zs) if i != j]
     return sum(pairs)/len(pairs)*(2 if printed else 1)
 
 # %% ../../nbs/method/5_contrast.ipynb #304501ce
-def projector(
-    c:int, # width of the input and of the hidden layers
-    d:int=2048, # width of the output
-) -> nn.Module: # (B, c) -> (B, d)
-    "Three linear layers with batch normalisation"
+def projector(c:int, d:int=2048): # width of the input and of the hidden layers; of the output
+    "Three linear layers with batch normalisation, (B, c) -> (B, d)"
     return nn.Sequential(
         nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.ReLU(inplace=True),
         nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.ReLU(inplace=True),
         nn.Linear(c, d, bias=False), nn.BatchNorm1d(d, affine=False))
 
-def bottleneck(
-    d:int, # width of projections
-) -> nn.Module: # (B, d) -> (B, d)
-    "SimSiam's predictor: one hidden layer of a quarter of the width"
-    return nn.Sequential(
-        nn.Linear(d, d//4, bias=False), nn.BatchNorm1d(d//4), nn.ReLU(inplace=True),
-        nn.Linear(d//4, d))
+def bottleneck(d:int): # width of projections
+    "SimSiam's predictor, (B, d) -> (B, d): one hidden layer of a quarter of the width"
+    hidden = nn.Linear(d, d//4, bias=False), nn.BatchNorm1d(d//4), nn.ReLU(inplace=True)
+    return nn.Sequential(*hidden, nn.Linear(d//4, d))
 
 PREDICTORS = {"linear": lambda d: nn.Linear(d, d), "mlp": bottleneck}
 
@@ -89,7 +74,8 @@ class Heads(nn.Module):
         pool:int=1, # each map is averaged to pool x pool places
     ):
         super().__init__()
-        check_layers(layers)
+        if not layers or set(layers) - {1, 2, 3, 4}:
+            raise BadInput(f"Layers {layers} were asked for; choose some of 1, 2, 3, 4.")
         self.layers, self.concat, self.pool = tuple(layers), concat, pool
         self.names = ["+".join(map(str, layers))] if concat else [str(l) for l in layers]
         widths = [channels[l - 1]*pool**2 for l in layers]
@@ -106,35 +92,21 @@ class Heads(nn.Module):
         "Predictions from projections"
         return [h(z) for h, z in zip(self.predictors, zs)]
 
-# %% ../../nbs/method/5_contrast.ipynb #bfaa54ea
-def check_layers(layers):
-    "Some of 1 to 4"
-    if not layers or set(layers) - {1, 2, 3, 4}:
-        raise BadInput(f"Layers {layers} were asked for; choose some of 1, 2, 3, 4.")
-
 # %% ../../nbs/method/5_contrast.ipynb #09cec964
-def spread(
-    z, # projections (B, d)
-): # scalar: about 1 healthy, 0 collapsed
-    "Deviation over the batch of the normalised projections, times the root of d"
+def spread(z): # projections (B, d)
+    "Deviation over the batch of the normalised projections, times the root of d: about 1 healthy, 0 collapsed"
     return nn.functional.normalize(z, dim=1).std(0).mean()*z.shape[1]**.5
 
-# %% ../../nbs/method/5_contrast.ipynb #4ea827b2
-def mean_cosine(
-    z, # projections (B, d)
-): # scalar: about 0 healthy, 1 collapsed
-    "Mean cosine over all pairs of different images"
+def mean_cosine(z): # projections (B, d)
+    "Mean cosine over all pairs of different images: about 0 healthy, 1 collapsed"
     u = nn.functional.normalize(z, dim=1)
     cosines, B = u @ u.T, len(u)
     return (cosines.sum() - cosines.trace())/(B*(B - 1))
 
 # %% ../../nbs/method/5_contrast.ipynb #9c71e9bb
 @torch.no_grad()
-def health(
-    zs, # projections (B, d) of one view, one per head
-    names, # of the heads
-) -> dict: # scalars: `spread` and `cosine` of the worst head, then of every head
-    "Is C collapsing?"
+def health(zs, names): # projections (B, d) of one view, one per head; names of the heads
+    "Is C collapsing? `spread` and `cosine` of the worst head, then of every head"
     spreads = {f"spread_{n}": spread(z) for n, z in zip(names, zs)}
     cosines = {f"cosine_{n}": mean_cosine(z) for n, z in zip(names, zs)}
     smallest, largest = torch.stack(list(spreads.values())).min(), torch.stack(list(cosines.values())).max()
@@ -144,8 +116,7 @@ def health(
 class SimSiam(nn.Module):
     "C: the symmetric loss of M views with a stop-gradient"
     def __init__(self,
-        F, # the extractor, for its channels
-        layers:tuple=(3, 4), concat:bool=False, d:int=2048, predictor="linear", # see `Heads`
+        F, layers:tuple=(3, 4), concat:bool=False, d:int=2048, predictor="linear", # extractor; see `Heads`
         views=None, M:int=2, # how to augment (None: `Views`), how many views
         printed:bool=False, pool:int=1, # Eq. 5 as printed; see `Heads`
     ):
@@ -174,9 +145,8 @@ class BYOL(SimSiam):
         self.ema, self.target = ema, None
 
     def forward(self, F, images): # as `SimSiam`
-        "SimSiam's loss with the target's projections"
-        if self.target is None: # the first step: the target is a copy
-            self.target = [tensors(F), tensors(self.heads)]
+        "SimSiam's loss with the target's projections; at the first step the target is a copy"
+        if self.target is None: self.target = [tensors(F), tensors(self.heads)]
         views = [self.views(images) for _ in range(self.M)]
         zs = [self.heads(F(v)) for v in views]
         return self.compare(zs, [self.project(F, v) for v in views])

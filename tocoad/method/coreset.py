@@ -53,11 +53,8 @@ def _add(D, new, beyond=-1.):
     D.d[new] = -1
 
 # %% ../../nbs/method/appendix/coreset.ipynb #cc65193c
-def radius(
-    X, # features (N, D)
-    idx, # indices of the kept points (n,)
-) -> float: # largest Euclidean distance of a point to its nearest kept one
-    "The covering radius of a set: what Eq. 7 makes small"
+def radius(X, idx): # features (N, D); indices of the kept points (n,)
+    "The covering radius, largest distance of a point to its nearest kept one: what Eq. 7 makes small"
     with torch.no_grad(), arithmetic("fp32", X.device):
         D = _Distances(X)
         _add(D, torch.as_tensor(idx, device=X.device))
@@ -96,7 +93,6 @@ def _size(N, ratio, n):
     if N < 1 or n < 1: raise BadInput(f"cannot keep {n} of {N} patches: both must be at least 1")
     return min(n, N)
 
-# %% ../../nbs/method/appendix/coreset.ipynb #1a525f68
 def _start(N, start, starts, generator):
     "The first points, drawn with the generator if none are given"
     if starts < 1 or starts > 1 and start is not None:
@@ -108,19 +104,9 @@ def _start(N, start, starts, generator):
         raise BadInput(f"start {s.tolist()}: give distinct indices from 0 to {N - 1}")
     return s
 
-# %% ../../nbs/method/appendix/coreset.ipynb #22150c8a
-def _begin(D, first, n, starts):
-    "The set before the first pass: the first points, or none and their mean distance"
-    picks = first[:n] if starts == 1 else first[:0]
-    if starts > 1: D.d = _mean_distances(D, first).square()
-    else: _add(D, picks)
-    return picks
-
 # %% ../../nbs/method/appendix/coreset.ipynb #e5afad8b
 def coreset(
-    X, # features (N, D), on any device
-    ratio:float=.1, # share of the points to keep, in (0, 1]
-    n:int=None, # or their number
+    X, ratio:float=.1, n:int=None, # features (N, D), on any device; share of the points to keep, in (0, 1]; or number
     start=None, # index or indices of the first points; None: one at random
     generator=None, # torch.Generator of the start and the projection
     block:int=None, # points that a pass looks at closely; None: 4 sqrt(N)
@@ -132,8 +118,9 @@ def coreset(
     n, N = _size(len(X), ratio, n), len(X)
     first = _start(N, start, starts, generator).to(X.device)
     with torch.no_grad(), arithmetic("fp32", X.device):
-        D = _Distances(_project(X, project, generator))
-        picks = _begin(D, first, n, starts)
+        D, picks = _Distances(_project(X, project, generator)), first[:n if starts == 1 else 0]
+        if starts > 1: D.d = _mean_distances(D, first).square()
+        else: _add(D, picks)
         while len(picks) < n:
             size = min(block or int(4*N**.5), N - len(picks))
             new, r2 = _pass(D, n - len(picks), size)

@@ -6,21 +6,17 @@
 __all__ = ['place', 'recolour', 'surround', 'lift', 'CutPaste']
 
 # %% ../../nbs/method/8_cutpaste.ipynb #63099bb8
-import math
+import math, torch
 from dataclasses import dataclass
-import torch
 from fastcore.basics import patch
 from torchvision.transforms import functional as tv
 from ..data.images import BadInput
 from .perlin import Anomaly, integers, uniform
 
 # %% ../../nbs/method/8_cutpaste.ipynb #9c733af6
-def place(h: torch.Tensor, # (B,) heights
-          w: torch.Tensor, # (B,) widths
-          size: tuple,     # (H, W)
-          generator=None,  # `torch.Generator`
-          fg=None,         # bool (B, H, W): centres lie on it; None: anywhere
-         ) -> tuple:       # top, left (B,), so that the rectangle lies inside the image
+def place(h, w, size: tuple, generator=None, # heights and widths (B,), (H, W), `torch.Generator`
+          fg=None,                           # bool (B, H, W): centres lie on it; None: anywhere
+         ) -> tuple:                         # top, left (B,), so that the rectangle lies inside the image
     "A random place for each rectangle."
     n, (H, W) = len(h), size
     if fg is None: return integers(H - h + 1, n, generator), integers(W - w + 1, n, generator)
@@ -30,32 +26,19 @@ def place(h: torch.Tensor, # (B,) heights
     return (y - h // 2).clamp(min=0).minimum(H - h), (x - w // 2).clamp(min=0).minimum(W - w)
 
 # %% ../../nbs/method/8_cutpaste.ipynb #38fb2a7c
-def recolour(P: torch.Tensor,   # (3, h, w) in [0, 1]
-             brightness: float, # factor
-             contrast: float,   # factor
-             saturation: float, # factor
-             hue: float,        # share of the colour circle
-            ) -> torch.Tensor:  # (3, h, w) in [0, 1]
+def recolour(P, brightness, contrast, saturation, hue): # (3, h, w) in [0, 1]; factors; share of the colour circle
     "Colour jitter of one piece."
     P = tv.adjust_contrast(tv.adjust_brightness(P, brightness), contrast)
     return tv.adjust_hue(tv.adjust_saturation(P, saturation), hue)
 
 # %% ../../nbs/method/8_cutpaste.ipynb #6855fa8d
-def surround(h: torch.Tensor,       # (B,) heights
-             w: torch.Tensor,       # (B,) widths
-             degrees: torch.Tensor, # (B,) by which they are turned
-             size: tuple,           # (H, W) of the image
-            ) -> tuple:             # (B,) heights, widths: whole pixels, at most the image's
-    "Sides of the upright box around a turned rectangle."
+def surround(h, w, degrees, size): # (B,) sides of rectangles, by how much they are turned; (H, W) of the image
+    "Sides (B,) of the upright boxes around turned rectangles: whole pixels, at most the image's."
     c, s = degrees.deg2rad().cos().abs(), degrees.deg2rad().sin().abs()
     return (h * c + w * s).ceil().long().clamp(max=size[0]), (w * c + h * s).ceil().long().clamp(max=size[1])
 
-def lift(P: torch.Tensor, # (3, h, w)
-         H: int,          # height of the box around the turned piece
-         W: int,          # its width
-         degrees: float,  # counter-clockwise
-        ) -> tuple:       # (3, H, W); bool (H, W): where the piece is
-    "A piece turned about its centre."
+def lift(P, H, W, degrees): # (3, h, w); sides of the box around the turned piece; counter-clockwise
+    "A piece turned about its centre (3, H, W), and where it is in the box, bool (H, W)."
     (h, w), a = P.shape[-2:], math.radians(degrees)
     v, u = torch.arange(H)[:, None] - (H - 1) / 2, torch.arange(W) - (W - 1) / 2 # from the centre
     row = (v * math.cos(a) + u * math.sin(a) + (h - 1) / 2).round().long()
@@ -92,12 +75,8 @@ class CutPaste(Anomaly):
 
 # %% ../../nbs/method/8_cutpaste.ipynb #9648ecff
 @patch
-def shapes(self: CutPaste,
-           n: int,         # pieces
-           size: tuple,    # (H, W)
-           generator=None, # `torch.Generator`
-          ) -> tuple:      # heights, widths (whole pixels), angles (degrees): (n,)
-    "What is cut out."
+def shapes(self: CutPaste, n, size, generator=None): # pieces, (H, W), `torch.Generator`
+    "What is cut out: heights, widths (whole pixels), angles (degrees) (n,)."
     if self.variant == "union":
         scar = integers(2, n, generator) == 1
         h, w, degrees = torch.where(scar, self.scars(n, size, generator), self.patches(n, size, generator))
@@ -106,12 +85,8 @@ def shapes(self: CutPaste,
 
 # %% ../../nbs/method/8_cutpaste.ipynb #a73aea70
 @patch
-def draw(self: CutPaste,
-         I: torch.Tensor, # (B, 3, H, W)
-         generator=None,  # `torch.Generator`
-         fg=None,         # bool (B, H, W): where centres may lie
-        ) -> tuple:       # (B, 3, H, W); M, bool (B, H, W)
-    "The images with pieces of themselves pasted in, and where."
+def draw(self: CutPaste, I, generator=None, fg=None): # I_R (B, 3, H, W); bool (B, H, W): where centres may lie
+    "The images with pieces of themselves pasted in, and where: M, bool (B, H, W)."
     (n, _, *size), I_G, M = I.shape, I.clone(), torch.zeros_like(I[:, 0], dtype=torch.bool)
     for _ in range(self.count):
         h, w, degrees = self.shapes(n, size, generator)

@@ -12,8 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # %% ../../nbs/method/3_discriminator.ipynb #63d277c3
 def focal_loss(
-    logits, # (B, 2, H, W): normal, anomalous
-    y, # masks (B, H, W), bool
+    logits, y, # (B, 2, H, W): normal, anomalous; masks (B, H, W), bool
     gamma:float=2., # focusing exponent, 0 or more
     alpha:float|None=None, # weight of the anomalous class in (0, 1), the normal one gets 1 - alpha; None: both 1
 ): # mean over batch and pixels, scalar
@@ -25,11 +24,8 @@ def focal_loss(
     return loss.mean()
 
 # %% ../../nbs/method/3_discriminator.ipynb #e3515e1a
-def ce_loss(
-    logits, # (B, 2, H, W): normal, anomalous
-    y, # masks (B, H, W), bool
-): # mean over batch and pixels, scalar
-    "Cross-entropy of a two-class map"
+def ce_loss(logits, y): # (B, 2, H, W): normal, anomalous; masks (B, H, W), bool
+    "Cross-entropy of a two-class map, mean over batch and pixels"
     return nn.functional.cross_entropy(logits, y.long())
 
 LOSSES = {"focal": focal_loss, "ce": ce_loss}
@@ -37,37 +33,29 @@ LOSSES = {"focal": focal_loss, "ce": ce_loss}
 # %% ../../nbs/method/3_discriminator.ipynb #4528fb34
 DEPTHS = {"resnet18": (2, 2, 2)} # residual blocks at layers 3, 2, 1; all other backbones: (3, 4, 6)
 
-def block(
-    backbone:str, # name of the backbone that D inverts
-    c:int, # channels in and out, divisible by 4
-) -> nn.Module:
+def block(backbone:str, c:int): # the backbone that D inverts; channels in and out, divisible by 4
     "One residual block of the backbone's own kind"
-    if backbone == "resnet18":
-        return BasicBlock(c, c)
+    if backbone == "resnet18": return BasicBlock(c, c)
     return Bottleneck(c, c//4, base_width=64 if backbone == "resnet50" else 128)
 
 # %% ../../nbs/method/3_discriminator.ipynb #c704f1d8
 class Rise(nn.Module):
     "One step up: double the resolution, splice the skipped layer, compress, refine"
-    def __init__(self,
-        c_in:int, # channels from below
-        c:int, # channels of the layer spliced in, and of the output
-        blocks:list, # residual blocks on `c` channels
-    ):
+    def __init__(self, c_in:int, c:int, blocks:list): # channels from below, of the skipped layer
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c, 2, stride=2)
         self.squeeze = nn.Sequential(nn.Conv2d(2*c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
         self.blocks = nn.Sequential(*blocks)
 
-    def forward(self,
-        x, # (B, c_in, h, w)
-        skip, # (B, c, 2h, 2w)
-    ): # (B, c, 2h, 2w)
+    def forward(self, x, skip): # (B, c_in, h, w), (B, c, 2h, 2w) -> (B, c, 2h, 2w)
         "Up, splice, compress, refine"
         x = torch.cat([self.up(x), skip], dim=1) # (B, 2c, 2h, 2w)
         return self.blocks(self.squeeze(x))
 
 # %% ../../nbs/method/3_discriminator.ipynb #e301bd84
+def _double(c_in, c):
+    return nn.ConvTranspose2d(c_in, c, 2, stride=2, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True)
+
 class Discriminator(nn.Module):
     "D: the inverse of a backbone, from the maps of layers 1-4 to two-class logits at image size"
     def __init__(self,
@@ -81,15 +69,9 @@ class Discriminator(nn.Module):
         self.top = nn.Sequential(*_double(c1, c1//2), *_double(c1//2, c1//4), nn.Conv2d(c1//4, 2, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
-    def forward(self,
-        maps, # F's four maps, strides 4, 8, 16, 32
-    ): # logits (B, 2, H, W), float32
-        "Logits of normal and anomalous at image size"
+    def forward(self, maps): # F's four maps, strides 4, 8, 16, 32
+        "Logits (B, 2, H, W) of normal and anomalous at image size, float32"
         layer1, layer2, layer3, x = maps
         for rise, skip in zip(self.rises, (layer3, layer2, layer1)):
             x = rise(x, skip)
         return self.top(x).float()
-
-# %% ../../nbs/method/3_discriminator.ipynb #46eefa8a
-def _double(c_in, c):
-    return nn.ConvTranspose2d(c_in, c, 2, stride=2, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True)

@@ -6,9 +6,8 @@
 __all__ = ['BN_MODES', 'PRECISIONS', 'Features', 'set_bn', 'arithmetic', 'effective', 'state_hash']
 
 # %% ../../nbs/method/2_features.ipynb #878b5896
-import hashlib
+import hashlib, timm, torch
 from contextlib import contextmanager
-import timm, torch
 from fastcore.basics import patch
 from torch import nn
 from ..data.images import BadInput
@@ -34,21 +33,16 @@ class Features(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.to(memory_format=torch.channels_last).eval()
 
-    def forward(self,
-        x, # images (B, 3, H, W) in [0, 1]
-    ) -> list: # four maps (B, C_l, H/s, W/s), strides s = 4, 8, 16, 32, float32
-        "Feature maps of layers 1-4"
+    def forward(self, x): # images (B, 3, H, W) in [0, 1]
+        "Maps of layers 1-4 (B, C_l, H/s, W/s), strides s = 4, 8, 16, 32, float32"
         x = ((x - self.mean)/self.std).contiguous(memory_format=torch.channels_last)
         return [m.float() for m in self.net(x)]
 
 # %% ../../nbs/method/2_features.ipynb #22313c55
 BN_MODES = ("eval", "train", "batch")
 
-def set_bn(
-    F:nn.Module, # any module with batch normalisation
-    mode:str="eval", # "eval": stored statistics; "train": the batch's, stored ones updated; "batch": stored ones kept
-) -> nn.Module: # the same module
-    "Choose where batch normalisation takes its statistics from"
+def set_bn(F, mode:str="eval"): # any module, which comes back; one of `BN_MODES`
+    "Normalise by stored statistics; by the batch's, which update the stored ones; or by the batch's, stored ones kept"
     if mode not in BN_MODES:
         raise BadInput(f"Unknown batch-norm mode {mode!r}; choose one of {', '.join(BN_MODES)}.")
     F.train(mode != "eval")
@@ -59,13 +53,9 @@ def set_bn(
 
 # %% ../../nbs/method/2_features.ipynb #1e28afcc
 @patch
-def below(
-    self:Features, # F
-    k:int, # number of layers, 0 to 4
-) -> list: # names as in `F.named_parameters()`
-    "Parameters of the stem and of layers 1 to k, in the order of the network"
-    if k == 0:
-        return []
+def below(self:Features, k:int): # number of layers, 0 to 4
+    "Names of the parameters of the stem and of layers 1 to k, in the order of the network"
+    if k == 0: return []
     names = [name for name, _ in self.named_parameters()]
     top = "net." + self.net.feature_info.module_name()[k - 1] + "."
     end = max(i for i, name in enumerate(names) if name.startswith(top))
@@ -75,10 +65,7 @@ def below(
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 @contextmanager
-def arithmetic(
-    precision:str="fp32", # a name of `PRECISIONS`
-    device="cpu", # where the block computes
-):
+def arithmetic(precision:str="fp32", device="cpu"): # one of `PRECISIONS`; where the block computes
     "Set the arithmetic of products and convolutions for a block; what was set before comes back"
     if precision not in PRECISIONS:
         raise BadInput(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
@@ -97,22 +84,16 @@ def arithmetic(
             s.fp32_precision = old
 
 # %% ../../nbs/method/2_features.ipynb #c212b571
-def effective(
-    precision:str, # a name of `PRECISIONS`
-    device="cpu", # where the networks compute
-) -> str: # such as "cpu fp32" or "cuda tf32"
-    "Kind of device, and the arithmetic that it really does"
+def effective(precision:str, device="cpu"): # one of `PRECISIONS`; where the networks compute
+    "Kind of device, and the arithmetic that it really does, such as cuda tf32"
     kind = torch.device(device).type
     old_card = torch.cuda.is_available() and not torch.cuda.is_tf32_supported()
-    if precision == "tf32" and (kind != "cuda" or old_card):
-        return f"{kind} fp32"
+    if precision == "tf32" and (kind != "cuda" or old_card): return f"{kind} fp32"
     return f"{kind} {precision}"
 
 # %% ../../nbs/method/2_features.ipynb #0bb11c3d
-def state_hash(
-    module:nn.Module, # any module
-) -> str: # 16 hexadecimal digits
-    "Hash of a module's parameters and buffers"
+def state_hash(module): # any module
+    "Hash of a module's parameters and buffers, 16 hexadecimal digits"
     h = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         h.update(name.encode())

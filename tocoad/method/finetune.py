@@ -6,8 +6,7 @@
 __all__ = ['STAGE2_BN', 'VIEW_OF', 'gradients', 'grad_norm', 'ncl_step', 'sgd', 'cosine', 'ncl_epoch', 'finetune']
 
 # %% ../../nbs/method/6_finetune.ipynb #00ad6ff9
-import math, time
-import torch
+import math, time, torch
 from tqdm.auto import tqdm
 from ..data.images import BadInput, crop
 from .discriminator import focal_loss
@@ -15,15 +14,11 @@ from .features import set_bn
 from .pretrain import Guard, batches, seeded, stream
 
 # %% ../../nbs/method/6_finetune.ipynb #9e886f04
-def gradients(
-    params, # parameters, some with gradients
-) -> list: # one tensor per parameter, a copy; zeros where there is none
-    "The gradient as it stands"
+def gradients(params): # parameters, some with gradients
+    "The gradient as it stands: a copy for each parameter, zeros where there is none"
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 
-def grad_norm(
-    grads, # list of tensors
-): # scalar tensor
+def grad_norm(grads): # list of tensors
     "Length of a gradient over all parameters"
     return torch.nn.utils.get_total_norm(grads)
 
@@ -43,8 +38,7 @@ def ncl_step(
     (lam*L_sym).backward() # first term of Eq. 6
     of_C, L_neg = gradients(params), torch.zeros_like(L_sym)
     if D is not None:
-        if bn == "views":
-            set_bn(F, "batch")
+        if bn == "views": set_bn(F, "batch")
         I_G, y_G = G(inside, generator) # Eq. 1
         L_neg = loss(D(F(I_G)), y_G) # Eq. 2, on F's current features
         ((1 - lam)*L_neg).backward() # second term; gradients add up
@@ -56,8 +50,7 @@ def ncl_step(
 
 # %% ../../nbs/method/6_finetune.ipynb #47c19aa3
 def sgd(
-    F, C, D, # extractor, contrast, discriminator or None
-    lr:float, lr_head:float|None, # rate of F; of C's heads, None the same
+    F, C, D, lr:float, lr_head:float|None, # the parts, D or None; rate of F; of C's heads, None the same
     freeze:int=0, # lowest layers of F that stay: 0 none, 1 stem and layer 1, ...
     train_d:bool=False, # D learns on, with F's rate
 ) -> torch.optim.Optimizer: # all that stage II trains; the rest is fixed
@@ -70,27 +63,18 @@ def sgd(
         raise BadInput(f"freeze={freeze} leaves nothing of F to train: choose a smaller number of layers.")
     heads = list(C.train().parameters())
     groups = [dict(params=trained, lr=lr), dict(params=heads, lr=lr if lr_head is None else lr_head)]
-    if D is not None:
-        D.train(train_d).requires_grad_(train_d)
-    if D is not None and train_d:
-        groups.append(dict(params=list(D.parameters()), lr=lr))
+    if D is not None: D.train(train_d).requires_grad_(train_d)
+    if D is not None and train_d: groups.append(dict(params=list(D.parameters()), lr=lr))
     return torch.optim.SGD(groups, momentum=.9, weight_decay=1e-4)
 
 # %% ../../nbs/method/6_finetune.ipynb #b92174ef
-def cosine(
-    t:float, # share of the training done, 0 to 1
-) -> float: # factor on the rate
-    "Stage II's schedule: half a cosine from 1 to 0"
+def cosine(t:float): # share of the training done, 0 to 1
+    "Stage II's factor on the rate: half a cosine from 1 to 0"
     return (1 + math.cos(math.pi*t))/2
 
 # %% ../../nbs/method/6_finetune.ipynb #54114c8f
-def ncl_epoch(
-    F, C, # extractor, contrast
-    loader, # batches of images (B, 3, S, S) in [0, 1]
-    optimiser, # from `sgd`
-    **settings, # of `ncl_step`
-) -> tuple: # L_sym + L_neg of each step; means of all values, and seconds
-    "One epoch of stage II"
+def ncl_epoch(F, C, loader, optimiser, **settings): # batches (B, 3, S, S) in [0, 1]; from `sgd`; of `ncl_step`
+    "One epoch of stage II: L_sym + L_neg of each step; means of all values, and seconds"
     start, steps = time.perf_counter(), []
     for I in loader:
         optimiser.zero_grad()
@@ -127,22 +111,20 @@ def finetune(
     return log
 
 # %% ../../nbs/method/6_finetune.ipynb #1435a466
-def rest(F, D):
+def rest(F, D): # extractor, discriminator or None
     "Training is over"
     set_bn(F.requires_grad_(False), "eval")
-    if D is not None:
-        D.requires_grad_(False).eval()
+    if D is not None: D.requires_grad_(False).eval()
 
-def after(each, epochs, F):
+def after(each, epochs, F): # a function or None; what it is called with
     "Let someone look at F without moving the random numbers of training"
-    if each is not None:
-        with torch.random.fork_rng(), torch.no_grad():
-            each(epochs, set_bn(F, "eval"))
+    if each is None: return
+    with torch.random.fork_rng(), torch.no_grad():
+        each(epochs, set_bn(F, "eval"))
 
-def check_settings(D, G, bn, view_of):
+def check_settings(D, G, bn, view_of): # of `finetune`
     "What a caller can get wrong"
     if D is not None and G is None:
         raise BadInput("D guides F through pseudo-anomalies: give their generator G too.")
     for name, value, names in (("bn", bn, STAGE2_BN), ("view_of", view_of, VIEW_OF)):
-        if value not in names:
-            raise BadInput(f"Unknown {name} {value!r}; choose one of {', '.join(names)}.")
+        if value not in names: raise BadInput(f"Unknown {name} {value!r}; choose one of {', '.join(names)}.")

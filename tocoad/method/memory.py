@@ -20,22 +20,16 @@ from .halving import halving
 # %% ../../nbs/method/7_memory.ipynb #2feb2928
 def _to_grid(m, size): return nnf.interpolate(m, size=size, mode="bilinear", align_corners=False)
 
-def patches_mean(
-    maps, # feature maps (B, C_l, h_l, w_l), the finest first
-    dims:int=None, # numbers to keep of each patch; None keeps all C = sum of C_l
-) -> torch.Tensor: # (B, h*w, C or dims)
-    "The 3x3 average of each layer, coarser layers brought to the finest grid, side by side"
+def patches_mean(maps, dims:int=None): # (B, C_l, h_l, w_l), the finest first; numbers to keep of each patch, None: all
+    "3x3 averages (B, h*w, C or dims) of each layer, coarser layers brought to the finest grid, side by side"
     size = maps[0].shape[-2:]
     f = torch.cat([_to_grid(nnf.avg_pool2d(m, 3, stride=1, padding=1), size) for m in maps], 1)
     f = f.flatten(2).mT.contiguous()
     return f if dims is None else nnf.adaptive_avg_pool1d(f, dims)
 
 # %% ../../nbs/method/7_memory.ipynb #0ad3a889
-def patches_patchcore(
-    maps, # feature maps (B, C_l, h_l, w_l), the finest first
-    dims:int=1024, # numbers kept of each layer, and in the end of each patch
-) -> torch.Tensor: # (B, h*w, dims)
-    "3x3 neighbourhoods, each layer pooled to `dims` numbers, the layers together pooled to `dims`"
+def patches_patchcore(maps, dims:int=1024): # (B, C_l, h_l, w_l), the finest first; numbers kept of layers and patches
+    "3x3 neighbourhoods (B, h*w, dims), each layer pooled to `dims` numbers, the layers together pooled to `dims`"
     size, dims = maps[0].shape[-2:], dims or 1024
     def pooled(m):
         p = nnf.unfold(m, 3, padding=1).mT                                    # (B, h_l*w_l, 9 C_l)
@@ -43,7 +37,7 @@ def patches_patchcore(
     f = torch.cat([_to_grid(pooled(m), size) for m in maps], 1)               # (B, L dims, h, w)
     return nnf.adaptive_avg_pool1d(f.flatten(2).mT, dims)
 
-# %% ../../nbs/method/7_memory.ipynb #eac250b3
+# %% ../../nbs/method/7_memory.ipynb #a9bbdb42
 def _chosen(table, kind, what):
     "A function given as such or by its name"
     if callable(kind): return kind
@@ -51,24 +45,18 @@ def _chosen(table, kind, what):
         raise BadInput(f"unknown {what} {kind!r}: take one of {', '.join(table)}, or pass a function")
     return table[kind]
 
-# %% ../../nbs/method/7_memory.ipynb #a9bbdb42
 PATCHES = {"mean": patches_mean, "patchcore": patches_patchcore}
 
 def patch_features(
-    maps, # feature maps (B, C_l, h_l, w_l) of the chosen layers, the finest first
-    dims:int=None, # numbers a patch; None: all for "mean", 1024 for "patchcore"
+    maps, dims:int=None, # as above; None: all for "mean", 1024 for "patchcore"
     kind="mean", # a key of `PATCHES`, or a function of (maps, dims)
 ) -> torch.Tensor: # (B, h*w, d)
     "Patch features: one vector for each place of the finest grid"
     return _chosen(PATCHES, kind, "patch features")(maps, dims)
 
 # %% ../../nbs/method/7_memory.ipynb #bded7a2b
-def coreset_plain(
-    X, # features (N, D)
-    n:int, # points to keep
-    start:int=0, # the first one
-) -> torch.Tensor: # indices (n,), in the order of picking
-    "Greedy selection (Eq. 7), one pass over the data for each pick: the slow form"
+def coreset_plain(X, n:int, start:int=0): # features (N, D); points to keep; the first one
+    "Greedy selection (Eq. 7), one pass over the data for each pick: indices (n,) in the order of picking"
     picks, d = [start], X.new_full((len(X),), torch.inf)
     while len(picks) < n:
         d = torch.minimum(d, (X - X[picks[-1]]).norm(dim=1))                  # min over the set (N,)
@@ -79,20 +67,13 @@ def coreset_plain(
 # %% ../../nbs/method/7_memory.ipynb #68d864b6
 class Memory:
     "The memory bank: stored normal patches, and exact nearest neighbours among them"
-    def __init__(self,
-        bank, # stored patches (M, d)
-        idx=None, # (M,) where they stood among the training patches, if known
-        total:int=None, # number of training patches they were chosen from, if known
-    ):
+    def __init__(self, bank, idx=None, total:int=None): # patches (M, d); where they stood, among how many, if known
         self.bank, self.idx, self.total, self._find, self._near = bank.float(), idx, total, None, {}
 
     @classmethod
     def fit(cls,
-        X, # patches of normal images, (N, d) or (B, h*w, d)
-        ratio:float=.1, # share to keep, in (0, 1]
-        n:int=None, # or their number
-        generator=None, # torch.Generator
-        **kw, # other arguments of `coreset`
+        X, ratio:float=.1, n:int=None, # patches of normal images (N, d) or (B, h*w, d); share to keep, or number
+        generator=None, **kw, # torch.Generator; other arguments of `coreset`
     ): # a `Memory` of the chosen patches
         "Choose a coreset of the patches and store it"
         X = X.flatten(0, -2)
@@ -125,20 +106,14 @@ def _faiss(bank):
 
 # %% ../../nbs/method/7_memory.ipynb #161e06cb
 @patch
-def distances(self:Memory,
-    Q, # patches (P, d)
-    idx, # stored patches to compare each with (P, k)
-) -> torch.Tensor: # Euclidean distances (P, k)
-    "Distances of patches to given stored ones, from their differences"
+def distances(self:Memory, Q, idx): # patches (P, d); stored patches to compare each with (P, k)
+    "Euclidean distances (P, k) of patches to given stored ones, from their differences"
     rows = max(1, 2**20//(idx.shape[1]*Q.shape[1]))
     return torch.cat([(q[:, None] - self.bank[i]).norm(dim=-1) for q, i in zip(Q.split(rows), idx.split(rows))])
 
 @patch
-def search(self:Memory,
-    Q, # patches (..., d)
-    k:int=1, # neighbours, at most M
-) -> tuple: # distances (..., k), smallest first, and indices into the bank (..., k)
-    "The nearest stored patches of each patch, exact"
+def search(self:Memory, Q, k:int=1): # patches (..., d); neighbours, at most M
+    "The nearest stored patches, exact: distances (..., k), smallest first, and indices into the bank (..., k)"
     if Q.shape[-1] != self.bank.shape[1]:
         raise BadInput(f"the memory holds patches of {self.bank.shape[1]} numbers and was asked for {Q.shape[-1]}: "
                        "take both from the same backbone, layers and dims")
@@ -149,20 +124,14 @@ def search(self:Memory,
     return tuple(t.reshape(*Q.shape[:-1], idx.shape[1]).to(Q.device) for t in (d, idx.gather(-1, order)))
 
 # %% ../../nbs/method/7_memory.ipynb #80dcada1
-def score_plain(
-    memory, # a `Memory`
-    Q, # patches (..., d)
-    b:int=9, # not used; all scorers share one signature
-) -> torch.Tensor: # (...), at least 0
-    "The distance to the nearest stored patch (Eq. 8)"
+def score_plain(memory, Q, b:int=9): # a `Memory`; patches (..., d); not used, all scorers share one signature
+    "The distance to the nearest stored patch (Eq. 8), (...)"
     return memory.search(Q)[0][..., 0]
 
 # %% ../../nbs/method/7_memory.ipynb #e2f31d4b
 @patch
-def neighbours(self:Memory,
-    b:int=9, # neighbours, the patch itself counted
-) -> torch.Tensor: # indices (M, b), each row begins with the patch itself
-    "N_b of each stored patch"
+def neighbours(self:Memory, b:int=9): # neighbours, the patch itself counted
+    "N_b of each stored patch: indices (M, b), each row begins with the patch itself"
     if b < 1: raise BadInput(f"b is {b}: a neighbourhood holds at least one patch, itself")
     if b not in self._near:
         idx, own = self.search(self.bank, b)[1], torch.arange(len(self), device=self.bank.device)[:, None]
@@ -171,12 +140,8 @@ def neighbours(self:Memory,
     return self._near[b]
 
 # %% ../../nbs/method/7_memory.ipynb #703fc0a7
-def score_paper(
-    memory, # a `Memory`
-    Q, # patches (..., d)
-    b:int=9, # size of the neighbourhood, the nearest patch counted
-) -> torch.Tensor: # (...), between (1 - 1/b) and 1 times the plain score
-    "The re-weighted distance (Eq. 9)"
+def score_paper(memory, Q, b:int=9): # a `Memory`; patches (..., d); neighbourhood, the nearest patch counted
+    "The re-weighted distance (Eq. 9), (...): between (1 - 1/b) and 1 times the plain score"
     p = Q.to(memory.bank).reshape(-1, Q.shape[-1])                            # (P, d)
     c_star = memory.search(p)[1][:, 0]                                        # (P,)
     E = memory.distances(p, memory.neighbours(b)[c_star])                     # (P, b), c* first
@@ -196,10 +161,8 @@ def _spread(n, size, sigma):
 
 # %% ../../nbs/method/7_memory.ipynb #24219e7c
 def anomaly_maps(
-    scores, # patch scores (N, h*w)
-    grid:tuple, # (h, w)
-    size=224, # pixels of the map: side of a square, or (H, W)
-    sigma:float=4., # standard deviation of the smoothing, pixels; 0: none
+    scores, grid:tuple, # patch scores (N, h*w); (h, w)
+    size=224, sigma:float=4., # side of a square map, or (H, W); deviation of the smoothing, pixels, 0: none
 ) -> torch.Tensor: # (N, H, W)
     "Patch scores as smooth maps of the image's size"
     if scores.shape[-1] != math.prod(grid):
@@ -211,12 +174,8 @@ def anomaly_maps(
         return A @ scores.float().unflatten(-1, grid) @ B.T
 
 # %% ../../nbs/method/7_memory.ipynb #1c863dbf
-def image_scores(
-    scores, # patch scores (N, h*w)
-    maps=None, # smoothed maps (N, H, W), for kind "map"
-    kind:str="patches", # "patches": the largest patch score; "map": the maximum of the map
-) -> torch.Tensor: # (N,)
-    "One score for each image"
+def image_scores(scores, maps=None, kind:str="patches"): # patch scores (N, h*w); maps (N, H, W), for "map"
+    "One score (N,) for each image: the largest of its patches, or with kind \"map\" of its map"
     if kind not in ("patches", "map"): raise BadInput(f"unknown image score {kind!r}: take patches or map")
     if kind == "map" and maps is None:
         raise BadInput("the image score 'map' needs the maps: pass maps=anomaly_maps(...)")
@@ -234,14 +193,9 @@ class Scores:
         return f"Scores({len(self.images)} images from {low:.3g} to {high:.3g}, maps {size})"
 
 def score_images(
-    memory, # a `Memory`
-    Q, # patches of N images (N, h*w, d)
-    grid:tuple, # (h, w)
-    scorer="plain", # a key of `SCORERS`, or a function of (memory, Q, b)
-    b:int=9, # neighbourhood of Eq. 9
-    size=224, # pixels of the maps
-    sigma:float=4., # smoothing, pixels
-    image_score="patches", # see `image_scores`
+    memory, Q, grid:tuple, # a `Memory`; patches of N images (N, h*w, d); (h, w)
+    scorer="plain", b:int=9, # a key of `SCORERS`, or a function of (memory, Q, b); neighbourhood of Eq. 9
+    size=224, sigma:float=4., image_score="patches", # see `anomaly_maps`; see `image_scores`
 ) -> Scores: # maps and image scores
     "Score images: patches to maps and one number each"
     s = _chosen(SCORERS, scorer, "scorer")(memory, Q, b)

@@ -6,9 +6,8 @@
 __all__ = ['sines', 'solve_poisson', 'gradient', 'poisson_blend', 'NSA']
 
 # %% ../../nbs/method/9_nsa.ipynb #b6c52747
-import math
+import math, torch
 from dataclasses import dataclass
-import torch
 from fastcore.basics import patch
 from torch.nn.functional import pad
 from ..data.images import BadInput
@@ -16,32 +15,26 @@ from .cutpaste import place
 from .perlin import Anomaly, integers
 
 # %% ../../nbs/method/9_nsa.ipynb #3a1e3a89
-def sines(n: int,       # unknowns
-          device="cpu", # of the result
-         ) -> tuple:    # S (n, n), lambda (n,)
-    "Eigenvectors and eigenvalues of the second difference that is zero beyond both ends."
+def sines(n: int, device="cpu"): # unknowns; where the result lies
+    "Eigenvectors S (n, n) and eigenvalues (n,) of the second difference that is zero beyond both ends."
     k = torch.arange(1, n + 1, device=device, dtype=torch.float64)
     S = math.sqrt(2 / (n + 1)) * torch.sin(math.pi / (n + 1) * k[:, None] * k)
     return S.float(), (2 * torch.cos(math.pi / (n + 1) * k) - 2).float()
 
-def solve_poisson(f: torch.Tensor,  # (C, h, w)
-                 ) -> torch.Tensor: # e (C, h, w)
-    "The e with Laplacian f that is zero around the rectangle."
+def solve_poisson(f): # (C, h, w)
+    "The e (C, h, w) with Laplacian f that is zero around the rectangle."
     (S_h, lambda_h), (S_w, lambda_w) = (sines(n, f.device) for n in f.shape[-2:])
     return S_h @ (S_h @ f @ S_w / (lambda_h[:, None] + lambda_w)) @ S_w
 
 # %% ../../nbs/method/9_nsa.ipynb #3828f3bc
-def gradient(z: torch.Tensor, # (C, h, w)
-            ) -> tuple:       # d/dy, d/dx (C, h, w), 0 in the last row and column
-    "Differences to the next row and to the next column."
+def gradient(z): # (C, h, w)
+    "Differences to the next row and to the next column (C, h, w), 0 in the last row and column."
     return pad(z.diff(dim=-2), (0, 0, 0, 1)), pad(z.diff(dim=-1), (0, 1))
 
-def poisson_blend(I_R: torch.Tensor,         # (C, h, w) a box of the destination; its outermost ring stays
-                  A: torch.Tensor,           # (C, h, w) a box of the source
-                  gradients: str = "source", # or "mixed": the stronger of both, pixel by pixel
-                  margin: int = 3,           # outermost pixels that keep the destination's gradients
-                  strength=torch.hypot,      # of a gradient (dy, dx)
-                 ) -> torch.Tensor:          # (C, h, w), not clamped
+def poisson_blend(I_R, A,                                # (C, h, w) boxes of the destination and of the source
+                  gradients: str = "source",             # or "mixed": the stronger of both, pixel by pixel
+                  margin: int = 3, strength=torch.hypot, # outermost pixels that keep I_R's gradients; of (dy, dx)
+                 ) -> torch.Tensor:                      # (C, h, w), not clamped; the outermost ring stays
     "The source's gradients inside the destination's border."
     keep = torch.zeros_like(I_R)
     keep[:, margin:I_R.shape[1] - margin, margin:I_R.shape[2] - margin] = 1
@@ -72,12 +65,8 @@ class NSA(Anomaly):
 
 # %% ../../nbs/method/9_nsa.ipynb #536dd2fc
 @patch
-def draw(self: NSA,
-         I: torch.Tensor, # (B, 3, H, W)
-         generator=None,  # `torch.Generator`
-         fg=None,         # bool (B, H, W): where centres may lie
-        ) -> tuple:       # (B, 3, H, W); M, bool (B, H, W)
-    "The images with boxes of another image blended in, and where."
+def draw(self: NSA, I, generator=None, fg=None): # I_R (B, 3, H, W); bool (B, H, W): where centres may lie
+    "The images with boxes of another image blended in, and where: M, bool (B, H, W)."
     (n, _, *size), I_G, M = I.shape, I.clone(), torch.zeros_like(I[:, 0], dtype=torch.bool)
     k = 1 + integers(n - 1, (), generator).item() if n > 1 else 0 # which other image of the batch
     A, fg_A = I.roll(k, 0), None if fg is None else fg.roll(k, 0)

@@ -7,9 +7,8 @@ __all__ = ['ROTATIONS', 'uniform', 'integers', 'turn', 'rotate', 'fade', 'weight
            'pick_textures', 'blend', 'changed', 'Anomaly', 'Perlin', 'foreground', 'check_generator']
 
 # %% ../../nbs/method/1_perlin.ipynb #5b81572b
-import math
+import math, torch
 from dataclasses import dataclass, field
-import torch
 from fastcore.basics import patch
 from skimage.filters import threshold_otsu
 from torch.nn.functional import grid_sample, max_pool2d
@@ -27,11 +26,9 @@ def integers(n, shape, generator): # `torch.Generator`, on the CPU
     return (n * torch.rand(shape, generator=generator)).long()
 
 # %% ../../nbs/method/1_perlin.ipynb #47881e35
-def turn(images: torch.Tensor,   # (B, C, H, W)
-         degrees: torch.Tensor,  # (B,), counter-clockwise
-         fill: float = 0.,       # value where the turned image has nothing
-         mode: str = "bilinear", # or "nearest"
-        ) -> torch.Tensor:       # (B, C, H, W)
+def turn(images, degrees,                          # (B, C, H, W); (B,), counter-clockwise
+         fill: float = 0., mode: str = "bilinear", # value where the turned image has nothing; or "nearest"
+        ) -> torch.Tensor:                         # (B, C, H, W)
     "Each image turned about its centre by its own angle."
     h, w = images.shape[-2:]
     cos, sin = (f(degrees.deg2rad()).to(images.device)[:, None, None] for f in (torch.cos, torch.sin))
@@ -43,12 +40,10 @@ def turn(images: torch.Tensor,   # (B, C, H, W)
 # %% ../../nbs/method/1_perlin.ipynb #f27eb824
 ROTATIONS = ("both", "slight", "right", "none")
 
-def rotate(images: torch.Tensor,    # (B, C, H, W); square for quarter turns
-           how: str = "both",       # one of `ROTATIONS`
-           angle: float = 5.,       # largest slight turn, degrees
-           fill: float = 114 / 255, # value of the corners
-           generator=None,          # `torch.Generator`
-          ) -> tuple:               # I_R (B, C, H, W); degrees (B,)
+def rotate(images, how: str = "both",                  # (B, C, H, W), square for quarter turns; one of `ROTATIONS`
+           angle: float = 5., fill: float = 114 / 255, # largest slight turn, degrees; value of the corners
+           generator=None,                             # `torch.Generator`
+          ) -> tuple:                                  # I_R (B, C, H, W); degrees (B,)
     "The base images: random quarter turns and slight turns (gaps 26, 27)."
     n, degrees = len(images), torch.zeros(len(images))
     if how in ("both", "right"):
@@ -59,37 +54,27 @@ def rotate(images: torch.Tensor,    # (B, C, H, W); square for quarter turns
     return (images if how == "none" else turn(images, degrees, fill).clamp(0, 1)), degrees
 
 # %% ../../nbs/method/1_perlin.ipynb #eeea5494
-def fade(t: torch.Tensor): # in [0, 1]
+def fade(t): # in [0, 1]
     "Perlin's fade curve: from 0 to 1 with no slope and no curvature at the ends."
     return t * t * t * (t * (6 * t - 15) + 10)
 
-def weights(cells: torch.Tensor, # (B,) cells along the axis
-            n: int,              # pixels along it
-            K: int,              # lattice points along it, at least cells + 1
-           ) -> tuple:           # W, D (B, n, K)
-    "What each lattice point weighs for each pixel of an axis; the same times the way between them."
+def weights(cells, n: int, K: int): # (B,) cells along an axis; its pixels; its lattice points, at least cells + 1
+    "W and D (B, n, K): what each lattice point weighs for each pixel; the same times the way between them."
     p = torch.arange(n, device=cells.device) / n * cells[:, None] # (B, n)
     d = p[..., None] - torch.arange(K, device=cells.device)
     W = fade((1 - d.abs()).clamp(min=0))
     return W, W * d
 
-# %% ../../nbs/method/1_perlin.ipynb #67cffd9f
-def perlin(theta: torch.Tensor, # (B, K, K) angles of the lattice gradients, radians
-           cells: torch.Tensor, # (B, 2) cells along y and x, at most K - 1
-           size: tuple,         # (H, W)
-          ) -> torch.Tensor:    # (B, H, W) in [-1, 1]
-    "Perlin noise from given lattice gradients."
+def perlin(theta, cells, size: tuple): # angles of the gradients (B, K, K); cells along y and x (B, 2), < K; (H, W)
+    "Perlin noise (B, H, W) in [-1, 1] from given lattice gradients."
     W_y, D_y = weights(cells[:, 0], size[0], theta.shape[-1])
     W_x, D_x = weights(cells[:, 1], size[1], theta.shape[-1])
     return math.sqrt(2) * (W_y @ theta.cos() @ D_x.mT + D_y @ theta.sin() @ W_x.mT)
 
 # %% ../../nbs/method/1_perlin.ipynb #c6df7be7
-def turned_noise(n: int,                 # images
-                 size: tuple,            # (H, W)
-                 generator=None,         # `torch.Generator`
-                 scales: tuple = (0, 6), # cells are 2**k with k in range(*scales)
-                 device="cpu",           # of the result
-                ) -> torch.Tensor:       # P (n, H, W) in [-1, 1]
+def turned_noise(n: int, size: tuple, generator=None,  # images, (H, W), `torch.Generator`
+                 scales: tuple = (0, 6), device="cpu", # cells are 2**k with k in range(*scales); where P lies
+                ) -> torch.Tensor:                     # P (n, H, W) in [-1, 1]
     "Perlin noise of random scales, turned by a random angle."
     cells = 2 ** (scales[0] + integers(scales[1] - scales[0], (n, 2), generator))
     K = int(cells.max()) + 1
@@ -97,22 +82,16 @@ def turned_noise(n: int,                 # images
     P = perlin(theta.to(device), cells.to(device), size)
     return turn(P[:, None], uniform(-90, 90, n, generator))[:, 0]
 
-def perlin_mask(n, size, generator=None, scales=(0, 6), # as above
-                threshold: float = .5, # noise above it is anomalous
-                count: int = 1,        # masks joined into one
-                device="cpu",          # of the result
-               ) -> torch.Tensor:      # M, bool (n, H, W)
+def perlin_mask(n, size, generator=None, scales=(0, 6),              # as above
+                threshold: float = .5, count: int = 1, device="cpu", # noise above it is anomalous; masks joined
+               ) -> torch.Tensor:                                    # M, bool (n, H, W)
     "Perlin noise above a threshold."
     P = torch.stack([turned_noise(n, size, generator, scales, device) for _ in range(count)])
     return P.amax(0) > threshold
 
 # %% ../../nbs/method/1_perlin.ipynb #2dfe1348
-def pick_textures(T: torch.Tensor,  # uint8 (T, 3, S, S); enlarged if smaller than the images
-                  n: int,           # images
-                  size: tuple,      # (H, W)
-                  generator=None,   # `torch.Generator`
-                 ) -> torch.Tensor: # A (n, 3, H, W) in [0, 1], on T's device
-    "Random crops of random textures, mirrored at random."
+def pick_textures(T, n: int, size: tuple, generator=None): # uint8 (T, 3, S, S); images, (H, W), `torch.Generator`
+    "A (n, 3, H, W) in [0, 1]: random crops of random textures, mirrored at random; too small ones are enlarged."
     (H, W), S = size, max(*size, T.shape[-1])
     which, top, left = (integers(k, n, generator) for k in (len(T), S - H + 1, S - W + 1))
     mirror = integers(2, (n, 2), generator)
@@ -122,19 +101,13 @@ def pick_textures(T: torch.Tensor,  # uint8 (T, 3, S, S); enlarged if smaller th
     return torch.stack(A).float() / 255
 
 # %% ../../nbs/method/1_perlin.ipynb #717cdbe9
-def blend(I_R: torch.Tensor,  # (B, 3, H, W) base image
-          A: torch.Tensor,    # (B, 3, H, W) texture
-          M: torch.Tensor,    # bool (B, H, W)
-          beta: torch.Tensor, # (B,) share of the base image that shines through
-         ) -> torch.Tensor:   # I_G (B, 3, H, W)
-    "The texture, part transparent, laid over the base image inside the mask."
+def blend(I_R, A, M, beta): # (B, 3, H, W) base image, texture; bool (B, H, W); (B,) share of I_R that shines through
+    "I_G: the texture, part transparent, laid over the base image inside the mask."
     beta = beta[:, None, None, None]
     return torch.where(M[:, None], (1 - beta) * A + beta * I_R, I_R)
 
-def changed(after: torch.Tensor,  # (B, 3, H, W) in [0, 1]
-            before: torch.Tensor, # same shape
-           ) -> torch.Tensor:     # bool (B, H, W)
-    "Pixels that differ by more than one grey level in some channel."
+def changed(after, before): # (B, 3, H, W) in [0, 1]
+    "Pixels (B, H, W) that differ by more than one grey level in some channel."
     return (after - before).abs().amax(1) > 1.001 / 255
 
 # %% ../../nbs/method/1_perlin.ipynb #96e85b79
@@ -158,21 +131,15 @@ class Anomaly:
 
 # %% ../../nbs/method/1_perlin.ipynb #ef2c40fb
 @patch
-def base(self: Anomaly,
-         images: torch.Tensor, # I (B, 3, H, W) in [0, 1]
-         generator=None,       # `torch.Generator`
-        ) -> tuple:            # I_R (B, 3, H, W); the object, bool (B, H, W), or None for everywhere
-    "The base image of Figure 3, and where the object is on it."
+def base(self: Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; `torch.Generator`
+    "The base image I_R of Figure 3, and where the object is on it, bool (B, H, W); None: everywhere."
     I_R, degrees = rotate(images, self.rotate, self.angle, self.fill, generator)
     if not self.foreground: return I_R, None
     return I_R, turn(foreground(images)[:, None].float(), degrees, mode="nearest")[:, 0] > .5
 
 @patch
-def __call__(self: Anomaly,
-             images: torch.Tensor, # I (B, 3, H, W) in [0, 1]
-             generator=None,       # `torch.Generator`
-            ) -> tuple:            # I_G (B, 3, H, W) in [0, 1]; y_G, bool (B, H, W)
-    "Eq. 1: pseudo-anomalies of a batch of normal images."
+def __call__(self: Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; `torch.Generator`
+    "Eq. 1: pseudo-anomalies I_G (B, 3, H, W) in [0, 1] of normal images, and their masks y_G, bool (B, H, W)."
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise BadInput(f"a generator needs float images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     with torch.no_grad(), arithmetic("fp32", images.device):
@@ -206,11 +173,9 @@ class Perlin(Anomaly):
         return blend(I, A, M, uniform(*self.beta, n, generator).to(I.device)), M
 
 # %% ../../nbs/method/1_perlin.ipynb #e971fbbe
-def foreground(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
-               corner: float = .1,   # side of the corner squares, share of the image's
-               most: float = .02,    # more of the corners than this beyond the cut: all is object
-               close: float = .03,   # radius of the closing, share of the side
-              ) -> torch.Tensor:     # bool (B, H, W)
+def foreground(images, corner: float = .1,            # (B, 3, H, W) in [0, 1]; side of the corner squares, share
+               most: float = .02, close: float = .03, # so much of them beyond the cut: all is object; closing, share
+              ) -> torch.Tensor:                      # bool (B, H, W)
     "Where the object is; everywhere for textures and full-frame images (gap 32)."
     k, r = (max(1, round(share * images.shape[-1])) for share in (corner, close))
     edge = [(torch.arange(n) - (n - 1) / 2).abs() > n / 2 - k for n in images.shape[-2:]]
@@ -225,11 +190,8 @@ def foreground(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
     return closed | everywhere[:, None, None]
 
 # %% ../../nbs/method/1_perlin.ipynb #4af7550c
-def check_generator(G,                    # callable (images, generator) -> I_G, y_G
-                    images: torch.Tensor, # (B, 3, H, W) in [0, 1]
-                    seed: int = 0,        # of the first try
-                   ) -> float:            # share of the pixels that the masks call anomalous
-    "Assert what the method expects of a generator."
+def check_generator(G, images, seed: int = 0): # (images, generator) -> I_G, y_G; (B, 3, H, W) in [0, 1]; first seed
+    "Assert what the method expects of a generator; the share of the pixels that its masks call anomalous."
     new = lambda s: torch.Generator().manual_seed(s)
     before, state = images.clone(), torch.get_rng_state()
     (I_G, y_G), again, other = (G(images, new(s)) for s in (seed, seed, seed + 1))

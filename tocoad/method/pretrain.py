@@ -6,10 +6,9 @@
 __all__ = ['batches', 'decay', 'stream', 'seeded', 'Diverged', 'Guard', 'train_step', 'pretrain', 'check_discriminator']
 
 # %% ../../nbs/method/4_pretrain.ipynb #4cece703
-import hashlib, math, time
+import hashlib, math, time, torch
 from contextlib import contextmanager
 from copy import deepcopy
-import torch
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from ..data.images import crop, to_float
@@ -18,8 +17,7 @@ from .features import set_bn
 
 # %% ../../nbs/method/4_pretrain.ipynb #d7d6b6c8
 def batches(
-    images, # uint8 (N, 3, S, S)
-    batch:int=16, # images per step
+    images, batch:int=16, # uint8 (N, 3, S, S); images per step
     generator=None, # torch.Generator that shuffles
     size:int|None=224, # side of the centre crop, pixels; None keeps S
     drop_last:bool=False, # leave out an incomplete last batch
@@ -27,47 +25,35 @@ def batches(
     "One epoch of shuffled float batches"
     order = torch.randperm(len(images), generator=generator).to(images.device)
     for idx in order.split(batch):
-        if drop_last and len(idx) < min(batch, len(images)):
-            return
+        if drop_last and len(idx) < min(batch, len(images)): return
         chosen = images[idx]
         yield to_float(crop(chosen, size) if size else chosen)
 
 # %% ../../nbs/method/4_pretrain.ipynb #a927f13a
-def decay(
-    t:float, # share of the training done, 0 to 1
-) -> float: # factor on the rate
-    "Stage I's schedule: x 0.2 after 80 %, x 0.2 again after 90 %"
+def decay(t:float): # share of the training done, 0 to 1
+    "Stage I's factor on the rate: x 0.2 after 80 %, x 0.2 again after 90 %"
     return .2**((t >= .8) + (t >= .9))
 
 # %% ../../nbs/method/4_pretrain.ipynb #13c94bf6
-def stream(
-    seed:int, # of the run, any integer
-    name:str, # what is drawn, such as "stage I order"
-) -> torch.Generator: # on the CPU
-    "The random numbers of one use in one run"
+def stream(seed:int, name:str): # of the run, any integer; what is drawn, such as "stage I order"
+    "The random numbers of one use in one run, a torch.Generator on the CPU"
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]))
 
 @contextmanager
-def seeded(
-    seed:int, # of the run, any integer
-    name:str, # what is drawn, such as "F"
-):
+def seeded(seed:int, name:str): # as `stream`; such as "F"
     "Run a block with PyTorch's global random state set to a stream; the old state comes back"
     with torch.random.fork_rng():
         torch.manual_seed(stream(seed, name).initial_seed())
         yield
 
-# %% ../../nbs/method/4_pretrain.ipynb #03b00c14
+# %% ../../nbs/method/4_pretrain.ipynb #4f608010
 class Diverged(RuntimeError):
     "A loss became NaN or infinite; the modules hold their last good state"
 
-# %% ../../nbs/method/4_pretrain.ipynb #4f608010
 class Guard:
     "The last good state of some modules, restored when a loss is not finite"
-    def __init__(self,
-        *modules, # what is trained; None is left out
-    ):
+    def __init__(self, *modules): # what is trained; None is left out
         self.modules = [m for m in modules if m is not None]
         self.keep()
 
@@ -75,14 +61,10 @@ class Guard:
         "Take the state now as good"
         self.states = [deepcopy(m.state_dict()) for m in self.modules]
 
-    def check(self,
-        losses, # (steps,) of one epoch
-        epoch:int, # its number, from 0
-    ):
+    def check(self, losses, epoch:int): # (steps,) of one epoch; its number, from 0
         "Keep the state if losses and weights are finite, else restore the last one and raise `Diverged`"
         weights = [p for m in self.modules for p in m.parameters()]
-        if torch.stack([t.isfinite().all() for t in (losses, *weights)]).all():
-            return self.keep()
+        if torch.stack([t.isfinite().all() for t in (losses, *weights)]).all(): return self.keep()
         for m, state in zip(self.modules, self.states):
             m.load_state_dict(state)
         losses = [*losses.tolist(), math.nan] # if only the weights are spoilt, the next loss would be
@@ -92,11 +74,8 @@ class Guard:
 
 # %% ../../nbs/method/4_pretrain.ipynb #9743149d
 def train_step(
-    F, D, G, # extractor, discriminator, generator
-    I, # normal images (B, 3, H, W) in [0, 1]
-    generator, # torch.Generator that G draws from
-    loss, # of logits and masks
-    optimiser, # of D's parameters
+    F, D, G, I, generator, # the three parts; normal images (B, 3, H, W) in [0, 1]; torch.Generator that G draws from
+    loss, optimiser, # of logits and masks; of D's parameters
 ): # L_dis, scalar without gradient
     "One step of stage I"
     I_G, y_G = G(I, generator) # Eq. 1
@@ -112,11 +91,9 @@ def train_step(
 def pretrain(
     F, D, G, # extractor (stays as it is), discriminator (trained in place), generator (I, stream -> I_G, y_G)
     images, # normal images, uint8 (N, 3, S, S)
-    epochs:int=100, batch:int=16, lr:float=1e-4, # section 4.1.3
-    loss=focal_loss, # of logits and masks, Eq. 2
+    epochs:int=100, batch:int=16, lr:float=1e-4, loss=focal_loss, # section 4.1.3; of logits and masks, Eq. 2
     bn:str="eval", # batch norm of F: "eval", stored statistics, or "train", those of each batch
-    size:int=224, # side of the centre crop, pixels
-    seed:int=0, progress:bool=True, # seed of the run; show a bar
+    size:int=224, seed:int=0, progress:bool=True, # side of the centre crop, pixels; seed of the run; show a bar
 ) -> list: # one dict an epoch: epoch, L_dis, lr, seconds
     "Stage I: train D to segment G's pseudo-anomalies on a fixed F"
     set_bn(F.requires_grad_(False), "batch" if bn == "train" else bn)
@@ -136,11 +113,8 @@ def pretrain(
 # %% ../../nbs/method/4_pretrain.ipynb #3447e706
 @torch.no_grad()
 def check_discriminator(
-    F, D, G, # the three parts of stage I, D trained
-    images, # normal images, uint8 (N, 3, S, S)
-    n:int=32, # pseudo-anomalies to draw
-    size:int=224, # side of the centre crop, pixels
-    seed:int=0, # seed of the run
+    F, D, G, images, # the three parts of stage I, D trained; normal images, uint8 (N, 3, S, S)
+    n:int=32, size:int=224, seed:int=0, # pseudo-anomalies to draw; side of the centre crop, pixels; seed of the run
 ) -> float: # pixel AUROC in [0, 1]
     "Pixel AUROC of D on pseudo-anomalies that it was not trained on"
     generator = stream(seed, "check of D")
