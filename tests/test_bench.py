@@ -20,12 +20,12 @@ def source(name): return "\n".join("".join(c["source"]) for c in json.loads(benc
 
 
 def test_bench_runs_and_writes(capsys, tmp_path):
-    status, out, err = say(capsys, "bench", "memory", "metrics", "--quick", "--device", "cpu", "--out", tmp_path, "--quiet")
+    status, out, err = say(capsys, "bench", "memory", "metrics", "training", "--quick", "--device", "cpu", "--out", tmp_path, "--quiet")
     assert (status, err) == (0, "")
-    assert {p.name for p in (tmp_path/"bench").iterdir()} == {"memory.json", "metrics.json", "bench.json", "bench.png"}
+    assert {p.name for p in (tmp_path/"bench").iterdir()} == {"memory.json", "metrics.json", "training.json", "bench.json", "bench.png"}
     b = json.loads((tmp_path/"bench"/"bench.json").read_text())
     assert {"hardware", "versions", "results"} <= set(b) and b["quick"] and b["hardware"]["cores"] >= 1 and b["versions"]["torch"]
-    assert {"coreset.bottle", "neighbours.bottle", "metrics.5m", "auroc.29m"} <= {r["name"] for r in b["results"]}
+    assert {"coreset.bottle", "neighbours.bottle", "metrics.5m", "auroc.29m", "stage1.smoke", "stage2.smoke"} <= {r["name"] for r in b["results"]}
     for r in b["results"]:
         assert {"name", "peer", "ours_s", "peer_s", "ratio", "low", "high", "peak_mb"} <= set(r)
         assert min(r["ours_s"], r["peer_s"]) > 0 and 0 < r["low"] <= r["ratio"] <= r["high"] and r["name"] in out
@@ -57,12 +57,13 @@ def test_every_goal_has_its_measurement():
 
 def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
     "A rate twice as high halves the hours; a file without rates is one sentence"
-    from tocoad.records import STAGES, config
+    from tocoad.records import STAGES, computed_by, config
     c, hours = config("paper"), []
+    arithmetic = computed_by(c.precision, "cuda")["arithmetic"]
     (tmp_path/"bottle").mkdir()
     for seconds in (1e-2, 5e-3):
-        (tmp_path/"bench.json").write_text(json.dumps(dict(rates=[[s, c.backbone, c.precision, c.size, "cuda", seconds] for s in STAGES])))
-        status, out, err = say(capsys, "reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--device", "cuda", "--dry-run", "--rates", tmp_path/"bench.json")
+        (tmp_path/"bench.json").write_text(json.dumps(dict(rates=[[s, c.backbone, arithmetic, c.size, "cuda", seconds] for s in STAGES])))
+        status, out, err = say(capsys, "reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--set", "textures=embedded", "--device", "cuda", "--dry-run", "--rates", tmp_path/"bench.json")
         assert (status, err) == (0, "")
         found = re.search(r"with all categories of the paper: about ([\d.]+) hours", out)
         hours.append(float(found[1]))
@@ -70,6 +71,34 @@ def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
     assert abs(hours[0]/hours[1] - 2) < .05, hours
     status, out, err = say(capsys, "reproduce", "table1", "--dry-run", "--rates", tmp_path/"nothing.json")
     assert status == 1 and out == "" and err.count("\n") == 1 and "nothing.json holds no rates: measure them with `tocoad bench gpu`" in err
+
+
+def test_rates_are_those_of_the_arithmetic_that_computes():
+    "tf32 is float32 on a CPU; the notebook of the GPU measures all three, that of precision compares them"
+    from tocoad.method.features import PRECISIONS
+    from tocoad.records import config
+    from tocoad.reproduce import _rate_of
+    c = config("paper")
+    assert c.precision == "tf32" and [_rate_of("stage1", c, k)[2] for k in ("cpu", "cuda")] == ["fp32", "tf32"]
+    for name in ("gpu", "precision"): assert all(f'"{p}"' in source(name) for p in PRECISIONS) or "for p in PRECISIONS" in source(name), name
+    assert 'torch.equal(maps["tf32"], maps["fp32"])' in source("precision"), "bit for bit on a CPU"
+
+
+def test_the_notebook_of_precision_finds_its_categories():
+    "Without real images it takes two of the mini set"
+    from tocoad.data.images import MINI
+    line = next(l for l in source("precision").splitlines() if l.startswith("categories ="))
+    assert set(re.findall(r'"(\w+)"', line.split("if real else")[1])) <= set(MINI)
+
+
+def test_a_generator_has_to_be_small_beside_the_step():
+    "Its goals: a tenth of what F and D take, and what the loop over images asks for"
+    of = lambda name, peer, ratio: dict(bench.goals(bench.result(name, peer, 1., ratio)))
+    for name, loop, least in (("perlin", "NumPy, image by image", 3), ("cutpaste", "NumPy, image by image", 1), ("nsa", "OpenCV seamlessClone, image by image", 1)):
+        assert list(of(f"{name}.16", "F and D alone", 11).values()) == [True] and list(of(f"{name}.16", "F and D alone", 9).values()) == [False]
+        assert list(of(f"{name}.16", loop, least).values()) == [True] and list(of(f"{name}.16", loop, .9*least).values()) == [False]
+        assert f'"{name}.16"' in source("generators")
+    assert '"F and D alone": step' in source("generators") and not of("views.16", "torchvision, image by image", .1)
 
 
 @pytest.mark.parametrize("words,sentence", [(["memry"], "a benchmark cannot be 'memry': take memory"), (["memory", "--root", "nowhere"], "there is no folder nowhere")])

@@ -274,7 +274,8 @@ def _ablation(r):
             found = [d for b in bases if (d := gain(r, x.name, b, m, dataset, every))]
             if bases: row[label(m), "vs its control"] = _interval(found[0] if found else None)
             if f"oracle_{m}" in r.runs: row[label(m), "best epoch by test labels"] = str(value(r, x.name, f"oracle_{m}", dataset, every))
-        if "pull" in r.runs: row["D's pull, %", ""] = str(value(r, x.name, "pull", dataset, every))
+        share = value(r, x.name, "pull", dataset, every) if "pull" in r.runs else None
+        if share: row["D's pull, %", ""] = "-" if np.isnan(share.mean) else str(share)
     columns = [label(k) for k, _ in next(y.label for y in rows if y.label)]
     index = pd.MultiIndex.from_tuples(out, names=columns) if len(columns) > 1 else pd.Index([k[0] for k in out], name=columns[0])
     return _levels(pd.DataFrame(list(out.values()), index=index))
