@@ -790,6 +790,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'tocoad.report.Value.__str__': ('report.html#value.__str__', 'tocoad/report.py'),
                                'tocoad.report._ablation': ('report.html#_ablation', 'tocoad/report.py'),
                                'tocoad.report._cell': ('report.html#_cell', 'tocoad/report.py'),
+                               'tocoad.report._changed': ('report.html#_changed', 'tocoad/report.py'),
                                'tocoad.report._comparison': ('report.html#_comparison', 'tocoad/report.py'),
                                'tocoad.report._gains': ('report.html#_gains', 'tocoad/report.py'),
                                'tocoad.report._interval': ('report.html#_interval', 'tocoad/report.py'),

@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'METHOD_NAMES', 'AVERAGES', 'STANDS_IN', 'INK', 'GREY', 'HUE
            'plot', 'scale', 'footer', 'samples']
 
 # %% ../nbs/13_report.ipynb #85863486
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,19 @@ import numpy as np, pandas as pd
 from . import published
 from .metrics import Interval, mean_interval, mean_std
 from .published import BadInput, label
+from .records import PROFILES
 
 # %% ../nbs/13_report.ipynb #7444cc5c
 NAMES = dict(image_auroc="image AUROC", pixel_auroc="pixel AUROC", aupro="AUPRO")
 METHOD_NAMES = dict(frozen="frozen F", contrastive="contrastive only", two_stage="two-stage", contrastive_control="contrastive, rate 0",
                     control="two-stage, rate 0")
+
+def _changed(record):
+    "Settings of a record that are not its profile's: texts key=value"
+    own = asdict(PROFILES[record["profile"]]) if record["profile"] in PROFILES else {}
+    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    skip = ("dataset", "category", "seed", "method")
+    return [f"{k}={v}" for k, v in record.get("config", {}).items() if k in own and k not in skip and plain(v) != plain(own[k])]
 
 def title(
     record:dict, # as made by `experiment.record`
@@ -31,6 +39,7 @@ def title(
     mark = " (smoke: shows that it runs, is no result)" if record["profile"] == "smoke" else ""
     seeds, hw = record["seeds"], record["hardware"]
     machine = hw["device"] if hw["device"] != "cpu" else f"{hw['cpu']}, {hw['cores']} cores"
+    mark += f", with {' '.join(changed[:4])}{' ...' if changed[4:] else ''}" if (changed := _changed(record)) else ""
     return f"{record['dataset']} / {record['category']}, profile {record['profile']}{mark}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, {machine}"
 
 # %% ../nbs/13_report.ipynb #1f29a40c
@@ -441,6 +450,7 @@ def curves(
     fig = Figure(figsize=(10, 4.2), layout="constrained", dpi=80)
     for ax, (stage, key, name) in zip(fig.subplots(2, 3).flat, panels):
         for run in record["training"]:
+            if run["method"].endswith("control"): continue
             colour = "C0" if run["method"] == "contrastive" else "C1"
             if stage in run and any(e[key] for e in run[stage]): ax.plot([e["epoch"] for e in run[stage]], [e[key] for e in run[stage]], color=colour, marker=".", lw=1)
         ax.set_title(name, fontsize=9); ax.tick_params(labelsize=7); ax.spines[["top", "right"]].set_visible(False)
