@@ -10,6 +10,7 @@ __all__ = ['NAMES', 'METHOD_NAMES', 'AVERAGES', 'STANDS_IN', 'INK', 'GREY', 'HUE
            'plot', 'scale', 'footer', 'samples']
 
 # %% ../nbs/13_report.ipynb #85863486
+import textwrap
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -436,7 +437,7 @@ def heat_maps(
     for ax, name in zip(axes[0], names): ax.set_title(name, fontsize=9)
     bar = fig.colorbar(shown, ax=axes, shrink=.5, aspect=30, ticks=range(int(top) + 1)); bar.ax.tick_params(labelsize=7)
     bar.set_label("0: median of good images, 1: their 99th percentile", fontsize=7)
-    fig.suptitle(heading, fontsize=8)
+    fig.suptitle(textwrap.fill(heading, int(16*fig.get_figwidth())), fontsize=8)
     return fig
 
 # %% ../nbs/13_report.ipynb #1c389966
