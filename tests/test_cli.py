@@ -150,3 +150,8 @@ def test_as_a_process(tmp_path):
     assert p.returncode == 1 and p.stdout == "" and p.stderr.startswith("tocoad: ") and p.stderr.count("\n") == 1
     p = subprocess.run([str(Path(sys.executable).parent/"tocoad"), "walk"], capture_output=True, text=True)
     assert p.returncode == 2 and "Traceback" not in p.stderr
+
+
+def test_the_command_knows_the_profiles_there_are():
+    from tocoad import cli, records
+    assert cli.PROFILES == tuple(records.PROFILES)

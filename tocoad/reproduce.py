@@ -67,7 +67,7 @@ def rows(
     "The runs that a table needs"
     one_of(target, TARGETS, "a table or figure")
     if target == "verdict": return ()
-    if not target.startswith("table"): return (FROZEN, Row("ToCoAD + Perlin", (), changes(dict(generator="Perlin"))))
+    if not target.startswith("table"): return (FROZEN, Row("ToCoAD + Perlin", (), changes(dict(generator="Perlin")), own=("generator",)))
     out = [FROZEN, *_printed(int(target[-1])), *OURS.get(target, ())]
     return tuple(out if bn2 == "eval" else dict.fromkeys([*out, *filter(None, map(control, out))]))
 
