@@ -1,1 +1,5 @@
 __version__ = "0.1.0"
+
+import os
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the core to other work; read when torch starts

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from tqdm.auto import tqdm
 from torch.nn import functional as nnf
 from .data.images import Category, crop, load, textures, to_float
-from .method.contrast import CONTRASTS, PREDICTORS, Heads, Views
+from .method.contrast import CONTRASTS, PREDICTORS, Heads, Views, layer_spread
 from .method.coreset import coreset
 from .method.cutpaste import CutPaste
 from .method.discriminator import LOSSES, Discriminator
@@ -136,29 +136,32 @@ def stage1(c, data, got, parts, device, progress):
 
 # %% ../nbs/12_experiment.ipynb #a3628727
 def _tuned(c, data, parts, device, progress, C, F, lam, **guide):
-    "F after stage II: log and tensors, with a copy of F every `curve` epochs"
-    copies = {}
+    "F after stage II: log, spread of its layers before and after each epoch, tensors, a copy of F every `curve` epochs"
+    images, copies = data.train.images.to(device), {}
+    shown = to_float(crop(images[:16], c.size))
+    def spreads(F): return {k: v.item() for k, v in layer_spread(F(shown)).items()}
     def each(epoch, F):
+        layers.append(spreads(F))
         if c.curve and epoch % c.curve == 0: copies.update({f"epoch{epoch}/{k}": v.copy() for k, v in _arrays(F).items()})
     with arithmetic(c.precision, device):
-        log = finetune(F, C, data.train.images.to(device), epochs=c.epochs2, batch=c.batch, lr=c.lr2, lr_head=c.lr_head, lam=lam, bn=c.bn2,
+        with torch.no_grad(): layers = [spreads(F.eval())]
+        log = finetune(F, C, images, epochs=c.epochs2, batch=c.batch, lr=c.lr2, lr_head=c.lr_head, lam=lam, bn=c.bn2,
                        freeze=c.freeze, view_of=c.view_of, size=c.size, seed=c.seed, progress=progress, each=each, **guide)
-    return log, _arrays(F) | copies
+    return dict(log=log, layers=layers), _arrays(F) | copies
 
 def stage2(c, data, got, parts, device, progress):
     "F tuned by C and by D's guide"
     F, D = make_networks(c, device)
     C, images = make_contrast(c, F, parts), data.train.images[:8].to(device)
     before = pairs(F, C, images, c)
-    log, arrays = _tuned(c, data, parts, device, progress, C, F, c.lam, D=_fill(D, got[0][1]), G=make_generator(c, parts, device),
-                         loss=_loss(c.loss, c, parts), train_d=c.train_d)
-    return dict(log=log, pairs=dict(before=before, after=pairs(F, C, images, c))), arrays
+    said, arrays = _tuned(c, data, parts, device, progress, C, F, c.lam, D=_fill(D, got[0][1]), G=make_generator(c, parts, device),
+                          loss=_loss(c.loss, c, parts), train_d=c.train_d)
+    return dict(said, pairs=dict(before=before, after=pairs(F, C, images, c))), arrays
 
 def contrastive(c, data, got, parts, device, progress):
     "F tuned by C alone"
     F, _ = make_networks(c, device)
-    log, arrays = _tuned(c, data, parts, device, progress, make_contrast(c, F, parts), F, c.lam_alone)
-    return dict(log=log), arrays
+    return _tuned(c, data, parts, device, progress, make_contrast(c, F, parts), F, c.lam_alone)
 
 # %% ../nbs/12_experiment.ipynb #deccedc2
 @torch.inference_mode()

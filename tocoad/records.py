@@ -296,7 +296,7 @@ def _definitions(text):
     return out
 
 # %% ../nbs/11_records.ipynb #de344894
-BY_NAME = ("published",) # rooms followed by name, beside the function's own
+BY_NAME = ("published", "records") # rooms followed by name, beside the function's own
 
 def reach(
     function:str, # a top-level name, with its room: "experiment.stage1"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTORS', 'CONTRASTS', 'Views', 'neg_cosine', 'sym_loss', 'projector', 'bottleneck', 'Heads', 'spread',
-           'mean_cosine', 'health', 'SimSiam', 'BYOL', 'tensors']
+           'mean_cosine', 'health', 'layer_spread', 'SimSiam', 'BYOL', 'tensors']
 
 # %% ../../nbs/method/5_contrast.ipynb #34b160e8
 import kornia.augmentation as K, torch
@@ -111,6 +111,11 @@ def health(zs, names): # projections (B, d) of one view, one per head; names of 
     cosines = {f"cosine_{n}": mean_cosine(z) for n, z in zip(names, zs)}
     smallest, largest = torch.stack(list(spreads.values())).min(), torch.stack(list(cosines.values())).max()
     return dict(spread=smallest, cosine=largest, **spreads, **cosines)
+
+@torch.no_grad()
+def layer_spread(maps): # F's four maps of some images
+    "`spread` of each layer's average over all places, before any head"
+    return {f"layer{n}": spread(m.mean((2, 3))) for n, m in enumerate(maps, 1)}
 
 # %% ../../nbs/method/5_contrast.ipynb #3f4c4696
 class SimSiam(nn.Module):
