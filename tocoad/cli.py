@@ -29,7 +29,7 @@ def _run_options(p):
 
 # %% ../nbs/19_cli.ipynb #3f05dbdd
 def _reproduce_options(p):
-    p.add_argument("targets", nargs="+", metavar="TARGET", help="table1 ... table9, figure1 ... figure7, audit, verdict, tables, figures, or all")
+    p.add_argument("targets", nargs="+", metavar="TARGET", help="table1 ... table9, figure1 ... figure7, audit, verdict, tables, figures, or all; or panel, with --folders")
     p.add_argument("--profile", nargs="+", default=None, choices=PROFILES, metavar="PROFILE", help="one, or several to stand side by side: literal, paper, laptop, smoke (default: laptop, or smoke without --root)")
     p.add_argument("--root", default=None, help="folder that holds mvtec_ad, visa, btad, as far as they are there; without it: the embedded mini data set")
     p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
@@ -41,6 +41,8 @@ def _reproduce_options(p):
     p.add_argument("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
     p.add_argument("--workers", default=None, metavar="ADDRESS", help="a dask scheduler's address, or local:N for N processes here")
     p.add_argument("--keep", default=None, choices=("all", "scores"), help="tensors to keep: all, or scores only, without networks and memories (default: all, scores for profiles literal and paper)")
+    p.add_argument("--folders", nargs="+", default=[], metavar="DIR", help="for the panel: the folders of its categories, such as data/mvtec_ad/bottle")
+    p.add_argument("--budget", default=None, metavar="TIME", help="such as 40h: what says most first, as far as the time goes; the same command goes on. With --dry-run: what it would reach")
     p.add_argument("--dry-run", action="store_true", help="say what would be computed, how much of it is stored, and how long the rest takes")
     p.add_argument("--rates", type=Path, default=None, metavar="FILE", help="with --dry-run: bench.json of `tocoad bench gpu`, whose rates the hours are counted with")
     p.add_argument("--quiet", action="store_true", help="no progress")
@@ -48,10 +50,14 @@ def _reproduce_options(p):
 # %% ../nbs/19_cli.ipynb #bba87500
 def _runs_options(p):
     sub = p.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, what in dict(list="the stored runs", show="one record, whole", prune="drop what no table needs").items():
+    actions = dict(list="the stored runs", show="one record, whole", prune="drop what no table needs",
+                   export="write the records behind tables as one file", **{"import": "check such a file and keep it in the store"})
+    for name, what in actions.items():
         q = sub.add_parser(name, help=what)
         q.add_argument("--store", default=None, help="folder of stored stages (default: TOCOAD_STORE, or store in the cache folder)")
         if name == "show": q.add_argument("key", help="the first digits of its key")
+        if name in ("export", "import"): q.add_argument("file", type=Path, metavar="FILE", help="such as results.jsonl")
+        if name == "export": q.add_argument("--for", dest="targets", nargs="+", default=None, metavar="TARGET", help="tables whose records are written (default: all that the store has)")
         if name == "prune": q.add_argument("--dry-run", action="store_true", help="only say what would go")
 
 # %% ../nbs/19_cli.ipynb #dd20e239
@@ -118,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     _data_options(sub.add_parser("data", help="list, get, verify or write data sets"))
     _own_options(sub.add_parser("fit", help="learn from a folder of good parts"), sub.add_parser("score", help="score a folder of parts: table, decisions, heat maps"))
     _bench_options(sub.add_parser("bench", help="measure speed beside other implementations"))
-    _runs_options(sub.add_parser("runs", help="list, show or prune the stored runs"))
+    _runs_options(sub.add_parser("runs", help="list, show, prune, export or import the stored runs"))
     return p
 
 # %% ../nbs/19_cli.ipynb #a1a0c9d5
@@ -186,9 +192,11 @@ def settle_reproduce(
     "What the options of `reproduce` describe; BadInput if they do not fit"
     from tocoad import reproduce as r
     from tocoad.published import BadInput
-    profiles = tuple(dict.fromkeys(a.profile or ["smoke" if a.root is None else "laptop"]))
-    every = [r.options(p, a.root, a.seeds, a.categories, a.set, a.store, a.device) for p in profiles]
+    profiles = tuple(dict.fromkeys(a.profile or ["smoke" if a.root is None and not a.folders else "laptop"]))
+    every = [r.options(p, a.root, a.seeds, a.categories, a.set, a.store, a.device, a.folders) for p in profiles]
     targets, extra, o = r.expand(a.targets), {}, every[0]
+    if a.folders and targets != ["panel"]: raise BadInput(f"--folders: {' '.join(targets)} {'reads' if len(targets) == 1 else 'read'} the paper's data sets from --root; folders of your choice are for `tocoad reproduce panel`.")
+    if a.budget: _budget(a, targets)
     for one in () if a.dry_run else every: r.check(r.needed(targets), one)
     for pair in a.param:
         key, eq, text = pair.partition("=")
@@ -200,6 +208,12 @@ def settle_reproduce(
     if a.workers and a.workers.startswith("local:") and not (a.workers[6:].isdigit() and int(a.workers[6:])): raise BadInput(f"--workers {a.workers}: write local:2 for two processes.")
     return targets, o, extra, profiles[1:]
 
+def _budget(a, targets):
+    "The budget in seconds; BadInput if it fits neither its form nor the targets"
+    from tocoad.paper.budget import check, seconds
+    check(targets)
+    return seconds(a.budget)
+
 # %% ../nbs/19_cli.ipynb #ee0d50d0
 def reproduce(
     a, # parsed options of `reproduce`
@@ -207,24 +221,41 @@ def reproduce(
 ) -> int: # exit status
     "Regenerate tables and figures"
     from tocoad import reproduce as r
+    many = [o, *(replace(o, profile=p) for p in beside)]
+    keep = a.keep or ("scores" if {o.profile, *beside} & {"literal", "paper"} else "all")
     if a.dry_run:
         rates = r.rates_from(a.rates) if a.rates else {}
-        for one in (o, *(replace(o, profile=p) for p in beside)): print(_forecast(r, targets, one, rates))
+        for one in many: print(_forecast(r, targets, one, rates))
+        if a.budget: print(_reach(targets, many, _budget(a, targets), rates, keep))
         return 0
     _writable(a.out)
     log, bars = _log(a.out/"reproduce.log", a.quiet), sys.stderr.isatty() and not a.quiet
-    keep = a.keep or ("scores" if {o.profile, *beside} & {"literal", "paper"} else "all")
     log(f"{' '.join(targets)}: profile {' and '.join((o.profile, *beside))}, seeds {' '.join(map(str, o.seeds))}")
-    with _workers(a.workers) as client: failed = r.regenerate(targets, o, a.out, client, keep, log, not bars, extra, beside)
+    with _workers(a.workers) as client:
+        if a.budget: _spend(a, targets, many, client, keep, log)
+        failed = r.regenerate(targets, o, a.out, client, keep, log, not bars, extra, beside, stored=bool(a.budget))
     for t, reasons in failed.items():
         for why in dict.fromkeys(reasons): print(f"tocoad: {t}: {why}", file=sys.stderr)
     print(f"Written: {a.out/'index.html'}" + (f"; {sum(map(len, failed.values()))} cells or notebooks failed, start again to retry them" if failed else ""))
     return bool(failed)
 
+def _reach(targets, many, budget, rates, keep):
+    "What a budget would reach, in words"
+    from tocoad.paper.budget import in_words, outlook
+    return in_words(outlook(targets, many, budget, rates), keep)
+
+def _spend(a, targets, many, client, keep, log):
+    "The plan, then the runs, until the budget is spent"
+    from tocoad.paper.budget import spend
+    budget = _budget(a, targets)
+    for line in _reach(targets, many, budget, {}, keep).splitlines(): log(line)
+    there, left, failed = spend(targets, many, budget, client, keep, log)
+    log(f"{there} runs there, {left} left, {failed} failed" + ("; the same command goes on" if left else ""))
+
 def _forecast(r, targets, o, rates):
     "The plan in words"
     f = r.forecast(r.needed(targets), o, rates=rates)
-    runs = len(r.distinct(r.needed(targets)))
+    runs = len(r.distinct(r.needed(targets), o.bn2))
     missing = {d: cs for t in r.needed(targets) for d in r.datasets(t) if (cs := r.find(o.place, d, None)[2])}
     known = "measured rates" if rates else "the times in the store"
     how = f"from {known}" if len(f) and f.measured.all() else f"partly from {known}, partly from the count of operations" if f.measured.any() or rates else "from the count of operations"
@@ -342,12 +373,17 @@ def bench(
 def runs(
     a, # parsed options of `runs`
 ) -> int: # exit status
-    "List, show or prune what is stored"
+    "List, show, prune, export or import what is stored"
     from tocoad.published import BadInput
     from tocoad.records import Store, default_store
+    if a.action == "import": return _import(Store(a.store), a.file)
     if not (root := Path(a.store or default_store()).expanduser()).is_dir(): raise BadInput(f"there is no store at {root}: give --store, or run something first.")
     store = Store(root)
     if a.action == "prune": return _prune(store, a.dry_run)
+    if a.action == "export":
+        from tocoad.run.exchange import export
+        print(f"Written: {a.file}, {export(store, a.file, a.targets)} records, {a.file.stat().st_size/1e6:.1f} MB")
+        return 0
     records = store.records()
     if a.action == "list": return _list(store, records)
     found = [r for r in records if r["key"].startswith(a.key)]
@@ -355,6 +391,16 @@ def runs(
     print(json.dumps(found[0], indent=1)); return 0
 
 # %% ../nbs/19_cli.ipynb #f2d27198
+def _import(store, file):
+    "Check a file of results, keep it, say whose results they are"
+    from tocoad.run.exchange import add, read
+    add(store, file)
+    head, records = read(file)
+    machines = dict.fromkeys(r["hardware"]["cpu"] if r["hardware"]["device"] == "cpu" else r["hardware"]["device"] for r in records)
+    runs = sum(r["stage"] == "metrics" for r in records)
+    print(f"{file}: {runs} runs in {len(records)} records, tocoad {head['versions']['tocoad']}, torch {head['versions']['torch']}, {' and '.join(machines)}; {head['licence']}")
+    return 0
+
 def _list(store, records):
     "A line for each scored run, and what the stages take"
     for r in (r for r in records if r["stage"] == "metrics"):
@@ -366,6 +412,7 @@ def _list(store, records):
         kept = sum(r["bytes"] for r in mine if (store.root/stage/f"{r['key']}.safetensors").exists())
         print(f"{stage}: {len(mine)} records, {kept/1e6:.1f} MB, {sum(r['seconds'] for r in mine):.0f} s of work")
     print(f"{store.root}: {len(records)} records")
+    for p in sorted((store.root/"imported").glob("*.jsonl")): print(f"imported: {p.name}")
     return 0
 
 def _hundred(x): return "-" if x is None else f"{100*x:.2f}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'METHOD_NAMES', 'AVERAGES', 'STANDS_IN', 'INK', 'GREY', 'HUES', 'title', 'table', 'text', 'Results',
-           'groups_of', 'Value', 'value', 'gain', 'comparison', 'gains', 'beyond', 'ablation', 'forest',
+           'groups_of', 'Value', 'value', 'training', 'gain', 'comparison', 'gains', 'beyond', 'ablation', 'forest',
            'ablation_forest', 'comparison_forest', 'notes', 'tidy', 'write_table', 'flat', 'heat_maps', 'curves',
            'save', 'Tile', 'board', 'note', 'panel', 'tile', 'block', 'arrow', 'contour', 'cell', 'zoom', 'strip',
            'plot', 'scale', 'footer', 'samples']
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from . import published
+from .paper.training import summary
 from .metrics import Interval, mean_interval, mean_std
 from .published import BadInput, label
 from .records import PROFILES
@@ -103,7 +104,8 @@ class Results:
         machine = " and ".join(dict.fromkeys(h["device"] if h["device"] != "cpu" else f"{h['cpu']}, {h['cores']} cores" for h in s["hardware"]))
         also = f", with {' '.join(s['settings'])}" if s["settings"] else ""
         profiles = " and ".join([s["profile"], *(b.sheet["profile"] for b in self.beside)])
-        return f"{what}; profile {profiles}{mark}{also}; seed{'s' if n > 1 else ''} {', '.join(map(str, s['seeds']))}; {machine or 'no machine'}"
+        part = f"; so far {len(s['runs'])} of {len(s['runs']) + left} runs" if (left := s.get("left")) else ""
+        return f"{what}{part}; profile {profiles}{mark}{also}; seed{'s' if n > 1 else ''} {', '.join(map(str, s['seeds']))}; {machine or 'no machine'}"
 
     @property
     def failed(self): # texts
@@ -160,6 +162,17 @@ def value(
     return Value(mean, std, len(w), tuple(w.columns), 0 if isinstance(over, str) else len(names))
 
 # %% ../nbs/13_report.ipynb #37ed5740
+def training(
+    r:Results,
+    row:str, # name of a row
+    dataset:str,
+    over, # a category, or several
+) -> str: # "" if nothing is known
+    "What became of the training of a row's runs"
+    if "training" not in r.runs: return ""
+    names = (over,) if isinstance(over, str) else tuple(over)
+    return summary(r.runs[(r.runs.row == row) & (r.runs.dataset == dataset) & r.runs.category.isin(names)].training)
+
 def gain(
     r:Results,
     row:str, # name of a row
@@ -215,6 +228,7 @@ def _comparison(r):
             row[m, "ours"] = _pair([None if np.isnan(v.mean) else v for v in ours])
             if m in names: row[m, "ours - published"] = _pair([v.mean - k if len(v.of) >= v.whole else np.nan for v, k in zip(ours, known)], sign=True)
             if "pull" in r.runs and r.runs[r.runs.row == m].pull.notna().any(): row[m, "D's pull, %"] = str(value(r, m, "pull", dataset, over))
+            if (word := training(r, m, dataset, over)): row[m, "training"] = word
     return _levels(pd.DataFrame(list(out.values()), index=pd.MultiIndex.from_tuples(out, names=[None, " / ".join(map(label, metrics))])).fillna("-"))
 
 def _levels(frame): return frame.set_axis(pd.MultiIndex.from_tuples(frame.columns), axis=1) if len(frame.columns) else frame
@@ -286,6 +300,7 @@ def _ablation(r):
             if f"oracle_{m}" in r.runs: row[label(m), "best epoch by test labels"] = str(value(r, x.name, f"oracle_{m}", dataset, every))
         share = value(r, x.name, "pull", dataset, every) if "pull" in r.runs else None
         if share: row["D's pull, %", ""] = "-" if np.isnan(share.mean) else str(share)
+        if any(training(r, y.name, dataset, every) for y in rows): row["training", ""] = training(r, x.name, dataset, every) or "-"
     columns = [label(k) for k, _ in next(y.label for y in rows if y.label)]
     index = pd.MultiIndex.from_tuples(out, names=columns) if len(columns) > 1 else pd.Index([k[0] for k in out], name=columns[0])
     return _levels(pd.DataFrame(list(out.values()), index=index))
@@ -346,6 +361,9 @@ def notes(
     out = ["Per cent. " + (f"± is the sample deviation over {n} seeds." if n > 1 else "One seed, so no deviation can be given.") + " Differences are paired, same test images and seeds, with 95 % bootstrap intervals over images" + (" and seeds." if n > 1 else "; with one seed they do not know the noise of training.")]
     if s["mini"]: out.append("The embedded mini data set stands in for the paper's: its numbers say nothing about the paper's.")
     if "pull" in r.runs: out.append("D's pull is the length of D's gradient on F as a share of C's and D's together, both weighted by Eq. 6, mean over epochs.")
+    if "training" in r.runs and r.runs.training.notna().any():
+        out.append("Training, in a word: did not learn (L_sym hardly fell), collapsed (a layer lost four fifths of its spread), too long or too short (AUPRO, or AUROC, on the way; only where it was looked at), learned.")
+    if s.get("left"): out.append(f"Not all runs are there yet: {s['left']} are missing. Differences are over the seeds that both rows have.")
     if r.differences.base.str.startswith("rate 0").any():
         out.append("A control is the same run at rate 0: no weight moves, batch norm takes its statistics from the same forward passes.")
     if any(c.startswith("oracle") for c in r.runs): out.append("The best epoch by test labels is an oracle: nobody without labels could choose it. Results are those of the last epoch.")
@@ -365,7 +383,7 @@ def tidy(
         there = [c for c in groups_of(d)["total_avg"] if c in set(r.runs.category)]
         for name, over in [(c, c) for c in there] + list(groups_of(d, r.target == "table1").items()):
             for row in r.rows:
-                for m in [c for c in r.runs.columns if c not in ("dataset", "category", "row", "seed")]:
+                for m in [c for c in r.runs.columns if c not in ("dataset", "category", "row", "seed", "training")]:
                     v = value(r, row, m, d, over)
                     one = dict(dataset=d, category=name, row=row, metric=m, mean=v.mean, std=v.std, seeds=v.seeds, categories=" ".join(v.of))
                     found = {b: gain(r, row, b, m, d, over) for b in r.differences.base.unique()}
