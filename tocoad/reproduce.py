@@ -487,16 +487,22 @@ def _about(data): # of a `Category`, for a sheet
     bad = int(data.test.labels.sum())
     return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint, notes=list(data.notes), own_split=bool(unlike(data)))
 
+def _read(experiment, targets, o, dataset, category, store):
+    "A group's images, and where they lie; the store notes what they are"
+    at = where(targets, o, dataset, category)
+    data = experiment.load_at(*at)
+    if targets != ["panel"] and o.root is not None and (off := unlike(data)):
+        raise BadInput(f"{dataset}/{category}: {off}; a split of one's own fills no cell of the paper's tables: run it with `tocoad reproduce panel --folders`.")
+    known = dict(fingerprint=data.fingerprint, masks=data.test.masks is not None, images=len(data.train),
+                 labels=data.test.labels.int().tolist(), defects=list(data.test.defects))
+    write_json(known, _note(store, at[0], o.config(dataset, category, 0, FROZEN)), "--store")
+    return data, at
+
 def _group(experiment, targets, o, dataset, category, store, device, workers, log, bar, quiet, stored):
     "The tasks of one category, what came of them, and what the category is"
-    c, kind = o.config(dataset, category, 0, FROZEN), _kind(o.device) if workers else device.type
+    kind = _kind(o.device) if workers else device.type
     try:
-        at = where(targets, o, dataset, category)
-        data = experiment.load_at(*at)
-        if targets != ["panel"] and o.root is not None and (off := unlike(data)):
-            raise BadInput(f"{dataset}/{category}: {off}; a split of one's own fills no cell of the paper's tables: run it with `tocoad reproduce panel --folders`.")
-        write_json(dict(fingerprint=data.fingerprint, masks=data.test.masks is not None, images=len(data.train), labels=data.test.labels.int().tolist(),
-                        defects=list(data.test.defects)), _note(store, at[0], c), "--store")
+        data, at = _read(experiment, targets, o, dataset, category, store)
         link = partial(experiment.tasks, data=data, device=kind)
         make = partial(_make, data.fingerprint, kind)
         there = (lambda ts: store.record(ts["metrics"]) and store.record(ts["scores"], True)) if stored else lambda ts: True

@@ -180,7 +180,7 @@ def in_words(
     last = f"{(f.hours == 0).sum()} of {len(f)} runs stored; {span(mine.hours.sum())} of {span(f.hours.sum())}; about {disk:.1f} GB of disk; {f.gpu.max():.1f} GB of GPU memory where there is one"
     return "\n".join([*lines, last])
 
-# %% ../../nbs/paper/budget.ipynb #c30fa217
+# %% ../../nbs/paper/budget.ipynb #2728f60b
 def check(
     targets, # of `reproduce.TARGETS`
 ):
@@ -214,8 +214,7 @@ def _one(experiment, targets, store, device, kind, end, workers, keep, log, turn
     run, o = turn
     name = f"{o.profile}, {run.dataset}/{run.category}: {run.row}, seed {run.cfg.seed}"
     try:
-        at = r.where(targets, o, run.dataset, run.category)
-        data = experiment._category(*at)
+        data, at = r._read(experiment, targets, o, run.dataset, run.category, store)
         ts = experiment.tasks(run.cfg, data, device=kind)
     except BadInput as e:
         log(f"{name}: failed: {e}")
