@@ -228,7 +228,8 @@ def partly(tmp_path_factory):
     return root
 
 
-def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly):
+def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly, monkeypatch):
+    monkeypatch.setattr(reproduce, "unlike", lambda data: "") # as if the mini data were MVTec AD's bottle
     words = ["reproduce", "table1", "table7", "audit", "figure7", "--root", partly, "--profile", "smoke", "--set", *TINY, "--store", tmp_path/"store", "--out", tmp_path/"out", "--quiet"]
     status, out, err = say(*words)
     assert status == 0, err
@@ -269,7 +270,7 @@ def test_a_split_of_one_s_own_fills_no_cell_of_the_paper_s_tables(tmp_path):
     write_layout(tmp_path/"visa", "visa", ["candle"])
     r = Results(reproduce.compute(["table2"], options(tmp_path/"store", root=str(tmp_path), categories=None))["table2"])
     assert not r.rows and len(r.failed) == 3
-    assert all("normal 32 instead of 900" in f and "tocoad reproduce panel --folders" in f for f in r.failed)
+    assert all("train normal 6 instead of 900" in f and "tocoad reproduce panel --folders" in f for f in r.failed)
     assert "ours" not in report.comparison(r).columns.get_level_values(1)
 
 
@@ -422,5 +423,6 @@ def test_tensors_may_be_dropped_and_numbers_stay(tmp_path, unbroken):
 def test_every_target_has_its_notebook_with_the_same_parameters():
     import papermill
     for t in reproduce.TARGETS:
-        assert list(papermill.inspect_notebook(str(reproduce.notebook_of(t)))) == list(reproduce.PARAMETERS), t
+        taken = [p for p in reproduce.PARAMETERS if p != "folders" or t == "panel"]
+        assert sorted(papermill.inspect_notebook(str(reproduce.notebook_of(t)))) == sorted(taken), t
         assert 5 <= sum(c["cell_type"] == "code" for c in json.loads(reproduce.notebook_of(t).read_text())["cells"]) <= 15, t

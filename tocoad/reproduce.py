@@ -449,7 +449,7 @@ def compute(
     with tqdm(total=total, desc="stages", disable=quiet, unit="stage") as bar:
         for (dataset, category), ts in groups(targets, o).items():
             start = time.perf_counter()
-            found[dataset, category] = _group(experiment, ts, o, dataset, category, store, device, workers, log, bar, quiet, stored)
+            found[dataset, category] = _group(ts, o, dataset, category, store, device, workers, log, bar, quiet, stored)
             if keep == "scores" and not isinstance(found[dataset, category], str): _slim(found[dataset, category], store)
             log(f"{dataset}/{category}: done in {time.perf_counter() - start:.1f} s")
     sheets = {}
@@ -487,8 +487,9 @@ def _about(data): # of a `Category`, for a sheet
     bad = int(data.test.labels.sum())
     return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint, notes=list(data.notes), own_split=bool(unlike(data)))
 
-def _read(experiment, targets, o, dataset, category, store):
+def _read(targets, o, dataset, category, store):
     "A group's images, and where they lie; the store notes what they are"
+    from tocoad import experiment
     at = where(targets, o, dataset, category)
     data = experiment.load_at(*at)
     if targets != ["panel"] and o.root is not None and (off := unlike(data)):
@@ -498,11 +499,12 @@ def _read(experiment, targets, o, dataset, category, store):
     write_json(known, _note(store, at[0], o.config(dataset, category, 0, FROZEN)), "--store")
     return data, at
 
-def _group(experiment, targets, o, dataset, category, store, device, workers, log, bar, quiet, stored):
+def _group(targets, o, dataset, category, store, device, workers, log, bar, quiet, stored):
     "The tasks of one category, what came of them, and what the category is"
+    from tocoad import experiment
     kind = _kind(o.device) if workers else device.type
     try:
-        data, at = _read(experiment, targets, o, dataset, category, store)
+        data, at = _read(targets, o, dataset, category, store)
         link = partial(experiment.tasks, data=data, device=kind)
         make = partial(_make, data.fingerprint, kind)
         there = (lambda ts: store.record(ts["metrics"]) and store.record(ts["scores"], True)) if stored else lambda ts: True
@@ -514,7 +516,7 @@ def _group(experiment, targets, o, dataset, category, store, device, workers, lo
         if t.key in seen: return
         seen.add(t.key); bar.update(); bar.set_postfix_str(f"{category} {t.stage}")
         if new: log(f"{dataset}/{category}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
-    failed = {} if workers is None else _spread(experiment, last.values(), at, store, device, workers, say)
+    failed = {} if workers is None else _spread(last.values(), at, store, device, workers, say)
     out = experiment.carry_out_all(last.values(), data, store, device if workers is None else "cpu", not quiet, say, failed)
     bar.update(len(every) - len(seen & {t.key for t in every}))
     for t, r in out.items():
@@ -522,8 +524,9 @@ def _group(experiment, targets, o, dataset, category, store, device, workers, lo
     return last, out, _about(data)
 
 # %% ../nbs/14_reproduce.ipynb #97d6d336
-def _spread(experiment, last, where, store, device, client, say):
+def _spread(last, where, store, device, client, say):
     "Run the missing stages on a cluster: task's key -> why it failed"
+    from tocoad import experiment
     from dask.distributed import as_completed
     futures, failed = experiment.submit(client, last, where, store, device), {}
     of = {f.key: t for t, f in futures.values()}

@@ -6,16 +6,16 @@
 __all__ = ['SEEDS', 'PARAMETERS', 'ACTIVATIONS', 'PASSING', 'seconds', 'decisive', 'main', 'Run', 'schedule', 'gpu_memory',
            'disk', 'in_turn', 'outlook', 'in_words', 'check', 'spend']
 
-# %% ../../nbs/paper/budget.ipynb #a0d0342a
+# %% ../../nbs/paper/budget.ipynb #908ae683
 import json, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from .. import published
 from ..published import CATEGORIES, BadInput
-from ..records import STAGES, Config, Store, chain, default_store, resolved
+from ..records import Config, Store, chain, default_store, resolved
 from .. import reproduce as r
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
@@ -180,7 +180,7 @@ def in_words(
     last = f"{(f.hours == 0).sum()} of {len(f)} runs stored; {span(mine.hours.sum())} of {span(f.hours.sum())}; about {disk:.1f} GB of disk; {f.gpu.max():.1f} GB of GPU memory where there is one"
     return "\n".join([*lines, last])
 
-# %% ../../nbs/paper/budget.ipynb #2728f60b
+# %% ../../nbs/paper/budget.ipynb #ddb2032a
 def check(
     targets, # of `reproduce.TARGETS`
 ):
@@ -202,19 +202,20 @@ def spend(
     check(targets)
     store, device = Store(o.store), experiment.find_device(o.device) if workers is None else o.device
     end, kind = time.monotonic() + budget, r._kind(o.device) if workers else device.type
-    go = partial(_one, experiment, targets, store, device, kind, end, workers, keep, log)
+    go = partial(_one, targets, store, device, kind, end, workers, keep, log)
     slots = sum(workers.nthreads().values()) if workers else 1
     if slots == 1: became = list(map(go, turns))
     else:
         with ThreadPoolExecutor(slots) as pool: became = list(pool.map(go, turns))
     return tuple(became.count(w) for w in ("there", "left", "failed"))
 
-def _one(experiment, targets, store, device, kind, end, workers, keep, log, turn):
+def _one(targets, store, device, kind, end, workers, keep, log, turn):
     "One run: there, left or failed"
+    from tocoad import experiment
     run, o = turn
     name = f"{o.profile}, {run.dataset}/{run.category}: {run.row}, seed {run.cfg.seed}"
     try:
-        data, at = r._read(experiment, targets, o, run.dataset, run.category, store)
+        data, at = r._read(targets, o, run.dataset, run.category, store)
         ts = experiment.tasks(run.cfg, data, device=kind)
     except BadInput as e:
         log(f"{name}: failed: {e}")
@@ -227,7 +228,7 @@ def _one(experiment, targets, store, device, kind, end, workers, keep, log, turn
         return "left"
     start, last = time.perf_counter(), [ts[s] for s in ("curve", "metrics") if s in ts]
     if workers is not None:
-        failed = r._spread(experiment, last, at, store, o.device, workers, lambda t, made, new: None)
+        failed = r._spread(last, at, store, o.device, workers, lambda t, made, new: None)
         found = {t: failed.get(t.key) or store.record(t) for t in last}
     else: found = experiment.carry_out_all(last, data, store, device)
     bad = next((why for why in found.values() if isinstance(why, str) or why is None), False)

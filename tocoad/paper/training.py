@@ -11,7 +11,7 @@ LEARNED = .1 # L_sym must fall by more than this, of 1
 COLLAPSED = .2 # a layer that keeps less than this of its spread
 MOVED = 1. # points between the best epoch and the last
 
-# %% ../../nbs/paper/training.ipynb #40a9ffaf
+# %% ../../nbs/paper/training.ipynb #1cbe8989
 def became(
     log:list, # of stage II: a dict an epoch, with L_sym and lr
     layers=(), # spread of F's layers before stage II and after each epoch, dicts
@@ -26,7 +26,7 @@ def became(
     if sum(end)/len(end) > -LEARNED: return "did not learn"
     scores = _scores(curve)
     if not scores: return "learned"
-    early, late = scores[:2*len(scores)//3], scores[2*len(scores)//3:]
+    early = scores[:2*len(scores)//3]
     if early and max(early) - scores[-1] > MOVED: return "too long"
     if early and scores[-1] == max(scores) and scores[-1] - early[-1] > MOVED: return "too short"
     return "learned"
