@@ -266,12 +266,13 @@ def data(
     if a.action == "write":
         from tocoad.fixtures import write_layout
         print(f"Written: {write_layout(a.folder, a.layout, size=256, n=(32, 8, 4), traps=a.traps)}"); return 0
-    from tocoad import archives
+    from tocoad.data import archives
     if a.action == "list":
         sets = archives.list_sets(a.to)
         print(json.dumps(sets.to_dict("records"), indent=1) if a.json else archives.sets_text(sets)); return 0
-    if a.action == "get": archives.get(a.name, a.archive, a.url, a.to, a.accept_licence, archives.asks, not a.quiet); return 0
-    report = archives.verify(a.folder, a.dataset, a.manifest, not a.quiet)
+    if a.action == "get": archives.get(a.name, a.archive, a.url, a.to, a.accept_licence, not a.quiet); return 0
+    from tocoad.data.verify import verify
+    report = verify(a.folder, a.dataset, a.manifest, not a.quiet)
     print(report.text()); return int(not report.ok)
 
 # %% ../nbs/19_cli.ipynb #fae1a3cb
