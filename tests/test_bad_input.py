@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tocoad import cli, detector, experiment, fixtures
-from tocoad.data import archives, images as data, verify
+from tocoad.data import archives, verify
+from tocoad.data.load import load
+from tocoad.published import BadInput
 
 SETS = "--set epochs1=1 epochs2=1 width=32 resize=64 size=64"
 RUN = f"run --root {{in}} --category washer --profile smoke --quiet --out {{out}} {SETS}"
@@ -302,7 +304,7 @@ def test_odd_picture(place, trees, kind):
     put(f"washer/train/good/{NAME}{suffix}", content)(place.root)
     place.call(VERIFY, 0, tells=["complete and sound", "7 "])
     before = place.photograph()
-    got = data.load(place.root, category="washer", size=32, cache=False)
+    got = load(place.root, category="washer", size=32, cache=False)
     assert len(got.train) == 7 and f"train/good/{NAME}{suffix}" in got.train.paths and place.photograph() == before
     assert note is None or any(note in n for n in got.notes), got.notes
 
@@ -322,7 +324,7 @@ def test_damaged_exif(place, trees, kind, exif):
         place.call(RUN, 1, ["reading: done"])
 
 
-def reached(*a, **k): raise data.BadInput("reading: done")
+def reached(*a, **k): raise BadInput("reading: done")
 
 
 ODD_TREES = [ # what, harm, a word of the notes or None
@@ -354,7 +356,7 @@ def test_odd_tree(place, trees, row):
     fill(place, trees, "mvtec"); harm(place.root)
     if note != "no mask": place.call(VERIFY, 0, tells=["complete and sound"])
     before = place.photograph()
-    got = data.load(place.root, category="washer", size=32, cache=False)
+    got = load(place.root, category="washer", size=32, cache=False)
     assert len(got.train) == 6 + ("twice" in name) and place.photograph() == before
     assert note is None or any(note in n for n in got.notes), got.notes
 
@@ -549,7 +551,7 @@ def test_odd_name_in_every_layout(place, trees, layout, name):
     for q in [p, *p.parent.glob(f"{p.stem}_label.bmp"), *p.parent.glob(f"{p.stem}.png")]: # and what belongs to it
         if q.exists(): q.rename(q.with_name(ODD_NAMES[name] + q.name.removeprefix(p.stem)))
     place.call(VERIFY + " --dataset own", 0, tells=["complete and sound"])
-    got = data.load(place.root, category=ONE[layout], size=32, cache=False)
+    got = load(place.root, category=ONE[layout], size=32, cache=False)
     assert any(ODD_NAMES[name] in q for s in (got.train, got.test) for q in s.paths)
 
 
@@ -557,7 +559,7 @@ def test_odd_name_in_every_layout(place, trees, layout, name):
 def test_odd_name_of_a_category(place, trees, name):
     fill(place, trees, "mvtec"); move("washer", ODD_NAMES[name])(place.root)
     place.call(VERIFY, 0, tells=["complete and sound"])
-    assert len(data.load(place.root, category=ODD_NAMES[name], size=32).train) == 6
+    assert len(load(place.root, category=ODD_NAMES[name], size=32).train) == 6
 
 
 # data verify
@@ -1160,7 +1162,7 @@ def test_full_cache(place, trees, full):
     place.env["TOCOAD_CACHE"] = f"{place.top}/small"
     with full(8192, "small"), pytest.MonkeyPatch.context() as m:
         m.setenv("TOCOAD_CACHE", f"{place.top}/small")
-        assert len(data.load(place.root, category="washer", size=64).train) == 6
+        assert len(load(place.root, category="washer", size=64).train) == 6
         m.setattr(experiment, "compare", reached)
         place.call(RUN, 1, ["reading: done"])
     assert not list((place.top/"small").iterdir())

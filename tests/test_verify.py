@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tocoad.data.archives import SUMS, parts
-from tocoad.data.images import write_mini
+from tocoad.data.mini import write_mini
 from tocoad.data.verify import verify
 from tocoad.fixtures import write_layout
 from tocoad.published import BadInput

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'TOTALS', 'published_counts', 'Report', 'verify']
 
-# %% ../../nbs/data/5_verify.ipynb #df72976d
+# %% ../../nbs/data/5_verify.ipynb #18de2df1
 import hashlib
 import os
 import re
@@ -20,8 +20,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from .archives import SUMS, parts, write_sums
-from .images import (DATASETS, LAYOUTS, SUFFIXES, TITLES, Item, binary, image_files, open_image, recognise,
-                                upright)
+from .images import SUFFIXES, binary, open_image, upright
+from .layouts import DATASETS, LAYOUTS, Item, image_files, recognise, title
 from ..published import BadInput, counts, label, one_of, printable
 
 # %% ../../nbs/data/5_verify.ipynb #b3571436
@@ -41,7 +41,7 @@ def published_counts(
     c = counts().query("dataset == @dataset and category == @category")
     return dict(zip(zip(c.split, c.label, strict=True), map(int, c["count"]), strict=True))
 
-# %% ../../nbs/data/5_verify.ipynb #64523ad8
+# %% ../../nbs/data/5_verify.ipynb #03a12059
 def _many(n, what):
     return f"{n:,} {what}{'s' * (n != 1)}"
 
@@ -72,8 +72,8 @@ class Report:
         out = [printable(f"{self.folder}: {self.title}"),
                tabulate(rows, head, "plain", disable_numparse=True, colalign=align if rows else None)]
         rest = [f"and {len(self.problems) - most:,} more"] * (len(self.problems) > most)
-        for title, said in dict(problems=[*self.problems[:most], *rest], remarks=self.remarks).items():
-            out += [f"{title}:", *(f"  {printable(x)}" for x in said)] if said else []
+        for kind, said in dict(problems=[*self.problems[:most], *rest], remarks=self.remarks).items():
+            out += [f"{kind}:", *(f"  {printable(x)}" for x in said)] if said else []
         good = "complete and sound, as far as is known"
         bad = f"NOT complete and sound, {_many(len(self.problems), 'problem')}"
         return "\n".join([*out, f"{_many(self.read, 'file')} read: {good if self.ok else bad}"])
@@ -108,7 +108,7 @@ def _look(path, name, cut, hashed):
         return _Seen(hash=found, wrong=f"{name} has floating-point pixels, which have no agreed range")
     return _Seen(upright(im).size, found, cut is not None and not binary(im, cut).any())
 
-# %% ../../nbs/data/5_verify.ipynb #45bb177d
+# %% ../../nbs/data/5_verify.ipynb #76bccc2b
 def _tree(root, closed):
     "{relative path: Path} of all files; a linked folder is followed once; what cannot be entered goes to `closed`"
     out, seen = {}, set()
@@ -122,6 +122,7 @@ def _tree(root, closed):
         out |= {p.relative_to(root).as_posix(): p for p in (Path(d, n) for n in names)}
     return out
 
+# %% ../../nbs/data/5_verify.ipynb #d7286437
 def _sums(file):
     "{path: hash} of a manifest"
     try:
@@ -140,12 +141,12 @@ def _open_set(root, dataset):
     if dataset == "dtd" or dataset is None and any((root / p).is_dir() for p in parts("dtd")):
         return "dtd", label("dtd"), ["dtd"], _read_dtd
     dataset, layout, names = recognise(root, dataset)
-    return dataset, f"{TITLES[dataset]}, laid out as {layout}: {LAYOUTS[layout].tree}", names, LAYOUTS[layout].read
+    return dataset, f"{title(dataset)}, laid out as {layout}: {LAYOUTS[layout].tree}", names, LAYOUTS[layout].read
 
 def _read_dtd(root, category):
     return [Item(f, False, p, None, "all") for p in parts("dtd") for f in image_files(root / p)]
 
-# %% ../../nbs/data/5_verify.ipynb #5b8b0438
+# %% ../../nbs/data/5_verify.ipynb #c05d4c58
 def _rows(dataset, category, items):
     "Rows of the report"
     want = published_counts(dataset, category)
@@ -166,7 +167,7 @@ def _absent(root, dataset, names):
     some = ", ".join(p.removeprefix("images/") for p in want[:15]) + f" and {len(want) - 15} more" * (len(want) > 15)
     return [f"{len(want)} of {len(parts(dataset))} {what} are missing: {some}"]
 
-# %% ../../nbs/data/5_verify.ipynb #fabbdf73
+# %% ../../nbs/data/5_verify.ipynb #36f84686
 def _pairs(rel, items, seen, own, r):
     "Images and their masks"
     for i in items:
@@ -193,7 +194,7 @@ def _resized(dataset, category, items, seen, r):
         r.remarks.append(f"{category}: {which} images are resized copies "
                          f"({w} x {h} pixels instead of {want[0]} x {want[1]})")
 
-# %% ../../nbs/data/5_verify.ipynb #ddbf5797
+# %% ../../nbs/data/5_verify.ipynb #1bd50f8a
 def _strays(tree, used, blocked, r):
     "Files that belong to nothing"
     beside = {(p.parent, p.stem) for p in used} # label pictures of good images
@@ -220,7 +221,7 @@ def _compare(file, sums, seen, tree, skip, r):
         if why:
             r.problems.append(f"{n} {why} since {file.name} was written")
 
-# %% ../../nbs/data/5_verify.ipynb #cdf923f5
+# %% ../../nbs/data/5_verify.ipynb #eca336e5
 def _read_all(root, names, read, r):
     "{category: items}, and the folders of categories that cannot be read"
     items, blocked = {}, set()
@@ -246,7 +247,7 @@ def _look_all(tree, items, hashed, progress):
             ex.shutdown(cancel_futures=True)
             raise
 
-# %% ../../nbs/data/5_verify.ipynb #342ec625
+# %% ../../nbs/data/5_verify.ipynb #ad8b7ddf
 def _one_category(dataset, category, items, seen, rel, r):
     rows = _rows(dataset, category, items)
     r.rows += rows
@@ -267,7 +268,7 @@ def _write_new(file, sums, r):
         raise BadInput(f"the manifest {file} cannot be written ({e.strerror}): name another file") from None
     r.remarks.append(f"{len(sums):,} hashes were written to {file}")
 
-# %% ../../nbs/data/5_verify.ipynb #ff0d664e
+# %% ../../nbs/data/5_verify.ipynb #c3139901
 def verify(
     folder: Path|str, # holds the categories of one data set
     dataset: str|None = None, # its name; None: recognised
@@ -278,10 +279,10 @@ def verify(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise BadInput(f"there is no folder {root}: name the folder that holds the categories")
-    dataset, title, names, read = _open_set(root, dataset)
+    dataset, what, names, read = _open_set(root, dataset)
     file = Path(manifest).expanduser() if manifest else root / SUMS
     old = _sums(file) if file.is_file() else None
-    r, rel, closed = Report(root, title), lambda p: p.relative_to(root).as_posix(), []
+    r, rel, closed = Report(root, what), lambda p: p.relative_to(root).as_posix(), []
     tree = _tree(root, closed)
     items, blocked = _read_all(root, names, read, r)
     seen = _look_all(tree, items, bool(old is not None or manifest), progress)
