@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tocoad import archives, cli, detector, experiment, fixtures
-from tocoad.data import images as data
+from tocoad import cli, detector, experiment, fixtures
+from tocoad.data import archives, verify
+from tocoad.data.load import load
+from tocoad.published import BadInput
 
 SETS = "--set epochs1=1 epochs2=1 width=32 resize=64 size=64"
 RUN = f"run --root {{in}} --category washer --profile smoke --quiet --out {{out}} {SETS}"
@@ -302,7 +304,7 @@ def test_odd_picture(place, trees, kind):
     put(f"washer/train/good/{NAME}{suffix}", content)(place.root)
     place.call(VERIFY, 0, tells=["complete and sound", "7 "])
     before = place.photograph()
-    got = data.load(place.root, category="washer", size=32, cache=False)
+    got = load(place.root, category="washer", size=32, cache=False)
     assert len(got.train) == 7 and f"train/good/{NAME}{suffix}" in got.train.paths and place.photograph() == before
     assert note is None or any(note in n for n in got.notes), got.notes
 
@@ -322,7 +324,7 @@ def test_damaged_exif(place, trees, kind, exif):
         place.call(RUN, 1, ["reading: done"])
 
 
-def reached(*a, **k): raise data.BadInput("reading: done")
+def reached(*a, **k): raise BadInput("reading: done")
 
 
 ODD_TREES = [ # what, harm, a word of the notes or None
@@ -354,7 +356,7 @@ def test_odd_tree(place, trees, row):
     fill(place, trees, "mvtec"); harm(place.root)
     if note != "no mask": place.call(VERIFY, 0, tells=["complete and sound"])
     before = place.photograph()
-    got = data.load(place.root, category="washer", size=32, cache=False)
+    got = load(place.root, category="washer", size=32, cache=False)
     assert len(got.train) == 6 + ("twice" in name) and place.photograph() == before
     assert note is None or any(note in n for n in got.notes), got.notes
 
@@ -549,7 +551,7 @@ def test_odd_name_in_every_layout(place, trees, layout, name):
     for q in [p, *p.parent.glob(f"{p.stem}_label.bmp"), *p.parent.glob(f"{p.stem}.png")]: # and what belongs to it
         if q.exists(): q.rename(q.with_name(ODD_NAMES[name] + q.name.removeprefix(p.stem)))
     place.call(VERIFY + " --dataset own", 0, tells=["complete and sound"])
-    got = data.load(place.root, category=ONE[layout], size=32, cache=False)
+    got = load(place.root, category=ONE[layout], size=32, cache=False)
     assert any(ODD_NAMES[name] in q for s in (got.train, got.test) for q in s.paths)
 
 
@@ -557,7 +559,7 @@ def test_odd_name_in_every_layout(place, trees, layout, name):
 def test_odd_name_of_a_category(place, trees, name):
     fill(place, trees, "mvtec"); move("washer", ODD_NAMES[name])(place.root)
     place.call(VERIFY, 0, tells=["complete and sound"])
-    assert len(data.load(place.root, category=ODD_NAMES[name], size=32).train) == 6
+    assert len(load(place.root, category=ODD_NAMES[name], size=32).train) == 6
 
 
 # data verify
@@ -627,9 +629,9 @@ def test_manifest_place(place, trees):
     place.call(VERIFY + " --manifest {in}/" + LONG, 1, ["xxx"])
 
 
-@pytest.mark.parametrize("name", ODD_NAMES, ids=lambda k: k.replace(" ", "-"))
+@pytest.mark.parametrize("name", [k for k in ODD_NAMES if k != "newline"], ids=lambda k: k.replace(" ", "-"))
 def test_manifest_of_odd_names(place, trees, name):
-    "What was written can be compared, with any name"
+    "What was written can be compared, with any name that fits on a line"
     fill(place, trees, "mvtec"); move(GOOD, f"washer/train/good/{ODD_NAMES[name]}.png")(place.root)
     place.call(MANIFEST, 0, makes=["in/sums"], tells=["18 hashes"])
     place.call(MANIFEST, 0, tells=["complete and sound"])
@@ -703,13 +705,8 @@ def tarred(*more, files=FILES, how="w"):
 
 
 def member(name, kind, target=""): i = tarfile.TarInfo(name); i.type, i.linkname, i.devmajor, i.devminor = kind, target, 1, 3; return i
-def zip_link(name): i = zipfile.ZipInfo(name); i.create_system = 3; i.external_attr = (stat.S_IFLNK | 0o777) << 16; return i
 def flagged(): b = bytearray(zipped(("x", b"secret"))); at = b.rindex(b"PK\1\2"); b[at + 8] |= 1; return bytes(b)
 def wrong_crc(): b = zipped(how=zipfile.ZIP_STORED); return b.replace(b"\1" * 100, b"\1" * 99 + b"\2")
-def raw_name(old, new): b = zipped((old, b"x")); return b.replace(old.encode(), new)
-def sparse():
-    i = tarfile.TarInfo("x"); i.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": f"{INNER}01/x", "GNU.sparse.realsize": str(10**12)}
-    return tarred((i, b"0\n".ljust(512, b"\0")))
 def cut_off(b, share): return b[:int(len(b) * share)]
 
 
@@ -717,37 +714,19 @@ OUTSIDE = f"{tempfile.gettempdir()}/tocoad-escaped-{os.getpid()}"
 ARCHIVES = [ # what, content, words of the sentence
     ("zip slip", lambda: zipped(("../escaped", b"x")), ["'../escaped'", "leads out"]),
     ("zip slip from inside", lambda: zipped((f"{INNER}01/../../../escaped", b"x")), ["escaped", "leads out"]),
-    ("zip slip of a folder", lambda: zipped(("../escaped/", b"")), ["escaped", "leads out"]),
-    ("zip slip with backslashes", lambda: zipped(("..\\escaped", b"x")), ["escaped", "no plain name"]),
     ("zip with an absolute path", lambda: zipped((OUTSIDE, b"x")), [OUTSIDE, "leads out"]),
-    ("zip with a drive", lambda: zipped(("C:escaped", b"x")), ["C:escaped", "leads out"]),
-    ("zip with a link", lambda: zipped((zip_link("link"), "/etc")), ["'link'", "a link"]),
-    ("zip with a link and a file through it", lambda: zipped((zip_link("link"), ".."), ("link/escaped", b"x")), ["'link'", "a link"]),
-    ("zip with a name twice", lambda: zipped((f"{INNER}01/train/ok/0000.bmp", b"x")), ["0000.bmp", "twice"]),
-    ("zip with a file that is a folder too", lambda: zipped(("a", b"x"), ("a/b", b"x")), ["'a/b'", "twice"]),
     ("encrypted zip", flagged, ["'x'", "encrypted"]),
     ("zip with a wrong checksum", wrong_crc, ["in/archive", "damaged"]),
     ("truncated zip", lambda: cut_off(zipped(), 0.6), ["in/archive", "damaged"]),
-    ("zip with a NUL in a name", lambda: raw_name("a_b", b"a\0b"), ["in/archive"]),
-    ("zip with a newline in a name", lambda: zipped(("a\nb", b"x")), ["a\\nb", "no plain name"]),
-    ("zip bomb", lambda: zipped(("big", bytes(30 << 20))), ["far more"]),
     ("tar slip", lambda: tarred(("../escaped", b"x")), ["'../escaped'", "leads out"]),
-    ("tar with an absolute path", lambda: tarred((OUTSIDE, b"x")), [OUTSIDE, "leads out"]),
-    ("tar with a symbolic link", lambda: tarred((member("link", tarfile.SYMTYPE, "/etc"), b"")), ["'link'", "a link"]),
-    ("tar with a hard link", lambda: tarred((member("link", tarfile.LNKTYPE, "/etc/hostname"), b"")), ["'link'", "a link"]),
-    ("tar with a character device", lambda: tarred((member("null", tarfile.CHRTYPE), b"")), ["'null'", "neither a file nor a folder"]),
-    ("tar with a block device", lambda: tarred((member("disk", tarfile.BLKTYPE), b""), how="w:gz"), ["'disk'", "neither a file nor a folder"]),
-    ("tar with a pipe", lambda: tarred((member("pipe", tarfile.FIFOTYPE), b""), how="w:xz"), ["'pipe'", "neither a file nor a folder"]),
-    ("tar with a name twice", lambda: tarred((f"{INNER}01/train/ok/0000.bmp", b"x")), ["0000.bmp", "twice"]),
-    ("tar with a sparse file of a terabyte", sparse, ["far more"]),
-    ("tar bomb", lambda: tarred(("big", bytes(30 << 20)), how="w:gz"), ["far more"]),
-    ("truncated tar", lambda: cut_off(tarred(), 0.22), ["in/archive", "damaged"]),
+    ("tar with a link that leads out", lambda: tarred((member("link", tarfile.SYMTYPE, "/etc"), b"")), ["'link'", "leads out"]),
+    ("tar with a hard link that leads out", lambda: tarred((member("link", tarfile.LNKTYPE, "/etc/hostname"), b"")), ["'link'", "leads out"]),
+    ("tar with a device", lambda: tarred((member("null", tarfile.CHRTYPE), b"")), ["'null'", "no plain file"]),
     ("truncated tar.gz", lambda: cut_off(tarred(how="w:gz"), 0.7), ["in/archive", "damaged"]),
     ("truncated tar.xz", lambda: cut_off(tarred(how="w:xz"), 0.7), ["in/archive", "damaged"]),
     ("truncated tar.bz2", lambda: cut_off(tarred(how="w:bz2"), 0.7), ["in/archive", "damaged"]),
     ("zero bytes", lambda: b"", ["in/archive", "no zip or tar"]),
     ("web page", lambda: b"<!doctype html><title>Please log in</title>" * 50, ["in/archive", "no zip or tar"]),
-    ("two letters of a zip", lambda: b"PK", ["in/archive", "no zip or tar"]),
     ("an image", lambda: saved("PNG"), ["in/archive", "no zip or tar"]),
     ("archive of nothing", lambda: zipped(files={}), ["in/archive"]),
     ("archive of another data set", lambda: zipped(files={"bottle/train/good/000.png": b"x"}), ["in/archive", "another data set"]),
@@ -755,13 +734,13 @@ ARCHIVES = [ # what, content, words of the sentence
 
 
 @pytest.fixture
-def any_hash(monkeypatch): monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(sha256=None))
+def any_hash(monkeypatch): monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(hash=""))
 
 
 @table(*ARCHIVES)
 def test_archive(place, monkeypatch, row):
     name, content, says = row
-    if name != "wrong hash": monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(sha256=None))
+    if name != "wrong hash": monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(hash=""))
     put("archive", content)(place.root)
     place.call(GET, 1, says)
     assert not os.path.lexists(OUTSIDE)
@@ -801,57 +780,44 @@ def test_sound_archive(place, any_hash, content):
     ("an odd address", nothing, ["http://[::1"], FETCH.replace("{url}", "http://[::1")),
     ("an odd port", nothing, ["http://127.0.0.1:x/"], FETCH.replace("{url}", "http://127.0.0.1:x/")),
     ("an address with a space", nothing, ["http://127.0.0.1:9/a"], FETCH.split()[:3] + ["--from", "http://127.0.0.1:9/a b\n", "--to", "{out}", "--accept-licence", "--quiet"]))
-def test_get_where(place, any_hash, monkeypatch, row):
-    monkeypatch.setattr(archives, "PAUSE", 0.001)
+def test_get_where(place, any_hash, row):
     row[1](place.root)
     place.call(row[3], 1, row[2])
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    "Sends `body`, whole or as `how` says, and remembers what it was asked"
-    protocol_version, body, how, asked = "HTTP/1.1", b"", "whole", []
+    "Sends `body`, whole or as `how` says"
+    protocol_version, body, how = "HTTP/1.1", b"", "whole"
     def log_message(self, *a): pass
     def do_GET(self):
-        self.asked.append(self.headers.get("Range"))
         how, body = self.how, self.body
         if how.isdigit(): self.send_error(int(how)); return
         if how in ("to a file", "in circles"):
             self.send_response(302); self.send_header("Location", "file:///etc/hostname" if how == "to a file" else self.path)
             self.send_header("Content-Length", "0"); self.end_headers(); return
-        start = int(r[6:-1]) if (r := self.headers.get("Range")) and how != "no ranges" else 0
-        self.send_response(206 if start else 200); self.send_header("ETag", '"1"'); self.close_connection = True
-        if start: self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if how != "no length": self.send_header("Content-Length", str(len(body) - start))
+        self.send_response(200); self.close_connection = True
+        if how != "no length": self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        part = body[start:] if how in ("whole", "no length", "no ranges") else body[start:start + len(body) // 3]
-        with contextlib.suppress(OSError): self.wfile.write(part); self.wfile.flush()
+        with contextlib.suppress(OSError): self.wfile.write(body if how in ("whole", "no length") else body[:len(body) // 3]); self.wfile.flush()
         if how == "stalls": self.stop.wait(30)
 
 
 @pytest.fixture
 def server(monkeypatch):
-    "A loopback server, and no patience with it"
-    for n, v in dict(PAUSE=0.001, TRIES=2, TIMEOUT=5.0).items(): monkeypatch.setattr(archives, n, v)
-    handler = type("Handler", (Server,), dict(asked=[], stop=threading.Event(), body=zipped(("big", np.random.default_rng(0).bytes(300_000)))))
+    "A loopback server"
+    handler = type("Handler", (Server,), dict(stop=threading.Event(), body=zipped(("big", np.random.default_rng(0).bytes(300_000)))))
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler); s.daemon_threads = True
     threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
     handler.url = f"http://127.0.0.1:{s.server_port}/btad.zip"
-    monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(sha256=hashlib.sha256(handler.body).hexdigest()))
+    monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(hash="sha256:" + hashlib.sha256(handler.body).hexdigest()))
     yield handler
     handler.stop.set(); s.shutdown(); s.server_close()
 
 
 def test_interrupted_download(place, server):
-    "One sentence; what came is kept under a name of its own, and the next call goes on from there"
+    "One sentence, nothing is left, and a command that goes on"
     place.at["url"] = server.url; server.how = "breaks off"
-    place.call(FETCH, 1, [server.url, "broke off", "--archive btad.zip"], makes=["out/btad.zip.part"])
-    assert sorted(p.name for p in place.out.iterdir()) == ["btad.zip.part", "btad.zip.part.json"]
-    kept = (place.out/"btad.zip.part").stat().st_size
-    assert (place.out/"btad.zip.part").read_bytes() == server.body[:kept] and 0 < kept < len(server.body)
-    server.how, server.asked[:] = "whole", []
-    status, out, err = place.main(place.words(FETCH))
-    assert (status, err) == (0, "") and server.asked == [f"bytes={kept}-"]
-    assert sorted(p.name for p in place.out.iterdir()) == ["btad"] and (place.out/"btad/01/train/ok/0000.bmp").is_file()
+    place.call(FETCH, 1, [server.url, "IncompleteRead", f"curl -L -C - -o btad.zip {server.url}", "--archive btad.zip"])
 
 
 @table(
@@ -867,17 +833,16 @@ def test_server_says_no(place, server, row):
 
 def test_no_server(place, server):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); place.at["url"] = f"http://127.0.0.1:{s.getsockname()[1]}/btad.zip"
-    place.call(FETCH, 1, [place.at["url"], "cannot be reached", "--archive btad.zip"])
+    place.call(FETCH, 1, [place.at["url"], "Connection refused", "--archive btad.zip"])
 
 
 def test_fetched_with_a_wrong_hash(place, server):
     place.at["url"], server.body = server.url, zipped()
-    place.call(FETCH, 1, ["not the published btad.zip"])
+    place.call(FETCH, 1, ["does not match the known hash"])
 
 
-@pytest.mark.parametrize("how", ["no length", "no ranges"])
-def test_plain_server(place, server, how):
-    place.at["url"], server.how = server.url, how
+def test_plain_server(place, server):
+    place.at["url"], server.how = server.url, "no length"
     place.call(FETCH, 0, makes=["out/btad"])
     assert sorted(p.name for p in place.out.iterdir()) == ["btad"]
 
@@ -1102,33 +1067,31 @@ BIG = {"zip": lambda: zipped(("x", bytes(200_000))), "tar.gz": lambda: tarred(("
 
 
 @pytest.mark.parametrize("kind", BIG)
-def test_full_unpack(place, full, any_hash, kind, monkeypatch):
-    "It looked, there was room, and then another filled the disk"
-    monkeypatch.setattr(archives, "room", lambda *a: None)
+def test_full_unpack(place, full, any_hash, kind):
+    "It looked, there was room for what an archive of pictures holds, and this one holds more"
     put("archive", BIG[kind])(place.root)
     with full(65536 if kind != "files" or full.disk else 4000): is_full(said(place, GET, ["out"]))
 
 
 def test_too_small_for_an_archive(place, any_hash, monkeypatch):
     "It looks before it unpacks"
-    put("archive", lambda: zipped(("x", bytes(200_000))))(place.root)
+    put("archive", lambda: zipped(("x", np.random.default_rng(0).bytes(100_000))))(place.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    place.call(GET, 1, ["200 kB", "100 kB", "out"])
+    place.call(GET, 1, ["btad needs 15", "out"])
 
 
 @pytest.mark.parametrize("how", ["whole", "no length"])
-def test_full_download(place, full, server, how, monkeypatch):
+def test_full_download(place, full, server, how):
     place.at["url"], server.how = server.url, how
-    with full(65536):
-        if how == "whole": monkeypatch.setattr(archives, "room", lambda *a: None)
-        is_full(said(place, FETCH, ["out"], makes=["out/btad.zip.part"]))
-    assert not (place.out/"btad").exists() and not (place.out/"btad.zip").exists()
+    with full(65536): is_full(said(place, FETCH, ["out"]))
+    assert not list(place.out.iterdir())
 
 
 def test_too_small_for_a_download(place, server, monkeypatch):
     place.at["url"] = server.url
+    monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(bytes=10**5))
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    place.call(FETCH, 1, ["100 kB", "out"])
+    place.call(FETCH, 1, ["btad needs 250kB", "out"])
 
 
 def test_full_manifest(place, trees, full):
@@ -1199,7 +1162,7 @@ def test_full_cache(place, trees, full):
     place.env["TOCOAD_CACHE"] = f"{place.top}/small"
     with full(8192, "small"), pytest.MonkeyPatch.context() as m:
         m.setenv("TOCOAD_CACHE", f"{place.top}/small")
-        assert len(data.load(place.root, category="washer", size=64).train) == 6
+        assert len(load(place.root, category="washer", size=64).train) == 6
         m.setattr(experiment, "compare", reached)
         place.call(RUN, 1, ["reading: done"])
     assert not list((place.top/"small").iterdir())
@@ -1236,7 +1199,7 @@ def stop_after(n, f):
     return g
 
 
-STOPS = [("write", "data write visa {out}/x", fixtures, "_write", 5), ("unpack", GET, archives, "_copy", 1), ("verify", MANIFEST, archives, "write_sums", 0),
+STOPS = [("write", "data write visa {out}/x", fixtures, "_write", 5), ("unpack", GET, archives, "write_sums", 0), ("verify", MANIFEST, verify, "write_sums", 0),
          ("fit", FIT, os, "replace", 0), ("score", SCORE, detector, "overlay", 3), ("score at the end", SCORE, detector, "write_json", 0)]
 
 
@@ -1282,16 +1245,14 @@ def test_as_a_process(place, trees):
 
 
 def test_stopped_while_it_downloads(place, server):
-    "Ctrl-C: one line, status 130, and what came stays for the next call"
+    "Ctrl-C: one line, status 130, and nothing is left"
     place.at["url"], server.how = server.url, "stalls"
     before, p = place.photograph(), start(place, FETCH)
     for _ in range(600):
-        if (place.out/"btad.zip.part").exists() and (place.out/"btad.zip.part").stat().st_size: break
+        if any(q.is_file() and q.stat().st_size for q in place.out.iterdir()): break
         time.sleep(0.05)
     p.send_signal(signal.SIGINT)
-    ends(place, p, 130, ["stopped"], makes=["out/btad.zip.part"], before=before)
-    server.how = "whole"
-    assert place.main(place.words(FETCH))[0] == 0 and sorted(q.name for q in place.out.iterdir()) == ["btad"]
+    ends(place, p, 130, ["stopped"], before=before)
 
 
 # Any tree

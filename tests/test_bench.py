@@ -86,7 +86,7 @@ def test_rates_are_those_of_the_arithmetic_that_computes():
 
 def test_the_notebook_of_precision_finds_its_categories():
     "Without real images it takes two of the mini set"
-    from tocoad.data.images import MINI
+    from tocoad.data.mini import MINI
     line = next(l for l in source("precision").splitlines() if l.startswith("categories ="))
     assert set(re.findall(r'"(\w+)"', line.split("if real else")[1])) <= set(MINI)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tocoad.data.images import draw
+from tocoad.data.mini import draw
 from tocoad.detector import (Detector, LEAST, Summary, decoded, export_onnx, fit, hash_order, is_ours, rank, score, scored, tally)
 from tocoad.published import BadInput
 from tocoad.records import config

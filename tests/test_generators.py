@@ -7,7 +7,8 @@ import reference_generators as old
 import torch
 from scipy.ndimage import label as components
 
-from tocoad.data.images import BadInput, crop, load, textures, to_float
+from tocoad.data.images import BadInput, crop, textures, to_float
+from tocoad.data.load import load
 from tocoad.method import cutpaste, nsa, perlin
 from tocoad.method.cutpaste import CutPaste
 from tocoad.method.categories import gradients_for, rotation_for

@@ -8,7 +8,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from tocoad import experiment, records
 from tocoad.method import features
-from tocoad.data.images import load, write_mini
+from tocoad.data.mini import write_mini
+from tocoad.data.load import load
 from tocoad.records import config
 
 

@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from tocoad.data.images import DATASETS, LAYOUTS, binary, categories, load, open_image, recognise, rgb
+from tocoad.data.images import binary, open_image, rgb
+from tocoad.data.layouts import DATASETS, LAYOUTS, categories, recognise
+from tocoad.data.load import load
 from tocoad.fixtures import NAMES, plan, seen, write_layout
 from tocoad.published import BadInput
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tocoad.data.images import BadInput, mini
+from tocoad.data.images import BadInput
+from tocoad.data.load import load
 from tocoad.method.discriminator import LOSSES, Discriminator, ce_loss, focal_loss
 from tocoad.method.features import PRECISIONS, Features, arithmetic, effective, set_bn, state_hash
 from tocoad.method.pretrain import Diverged, Guard, batches, check_discriminator, pretrain, seeded, stream
@@ -331,7 +332,7 @@ def test_the_check_of_d_has_a_stream_of_its_own(F, images):
 
 def test_d_learns():
     "On the mini data set D finds squares that it has not seen"
-    F, washers = Features(), mini("washer").train.images[:16, :, 64:192, 64:192]
+    F, washers = Features(), load(category="washer").train.images[:16, :, 64:192, 64:192]
     D = new_D(F)
     before = check_discriminator(F, D.eval(), squares, washers, n=16, size=64)
     log = pretrain(F, D, squares, washers, epochs=10, batch=4, lr=5e-3, size=64, progress=False)

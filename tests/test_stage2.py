@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tocoad.data.images import BadInput, load, to_float
+from tocoad.data.images import BadInput, to_float
+from tocoad.data.load import load
 from tocoad.method.contrast import BYOL, SimSiam, Views, tensors
 from tocoad.method.discriminator import Discriminator, ce_loss, focal_loss
 from tocoad.method.features import Features, arithmetic, set_bn, state_hash

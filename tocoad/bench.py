@@ -340,12 +340,12 @@ def _train(
 ) -> tuple: # images per second, losses of the measured epochs
     "Warm up, wait for the others, train"
     import torch
-    from tocoad.data import images as data
+    from tocoad.data.load import load
     from tocoad.method.features import arithmetic
     from tocoad.records import resolved
     if device == "cpu": torch.set_num_threads(threads)
     c = resolved(cfg)
-    images = data.mini(c.category, c.resize).train.images
+    images = load(category=c.category, size=c.resize).train.images
     run = _loop(stage, c, images[torch.arange(n) % len(images)].to(device), device)
     with arithmetic(c.precision, device):
         run(1, 1)

@@ -161,10 +161,11 @@ def run(
 ): 
     "Train, score, write heat maps and record, print table or JSON"
     from tocoad import experiment, report
-    from tocoad.data import images as data
+    from tocoad.data.layouts import UNCROPPED
+    from tocoad.data.load import load
     from tocoad.records import Store, settings, write_json
-    category = data.load(a.root, a.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
-    whole = category.dataset in data.UNCROPPED and "size" not in settings(a.set)
+    category = load(a.root, a.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
+    whole = category.dataset in UNCROPPED and "size" not in settings(a.set)
     cfg = cfg.replace(dataset=category.dataset, **dict(size=cfg.resize) if whole else {})
     _writable(a.out)
     result = experiment.compare(cfg, tuple(a.seeds), data=category, device=a.device, progress=not a.quiet, store=Store(a.store))
@@ -178,12 +179,12 @@ def run(
 def _heat_maps(result, record, n=8):
     "The report's heat maps for the first seed of a comparison"
     from tocoad import experiment, report
-    from tocoad.data import images as data
+    from tocoad.data.images import crop
     test, size = result.data.test, result.cfg.size
     chosen = experiment.pick(test.labels.numpy(), test.defects, result.image["frozen"][0], n)
     maps = {m: experiment.unit(result.maps[m][0], test.labels.numpy())[chosen] for m in ("frozen", "two_stage")}
-    masks = None if test.masks is None else data.crop(test.masks, size)[chosen].numpy()
-    return report.heat_maps(data.crop(test.images, size)[chosen].numpy(), masks, maps, [test.defects[i] for i in chosen], heading=report.title(record))
+    masks = None if test.masks is None else crop(test.masks, size)[chosen].numpy()
+    return report.heat_maps(crop(test.images, size)[chosen].numpy(), masks, maps, [test.defects[i] for i in chosen], heading=report.title(record))
 
 # %% ../nbs/19_cli.ipynb #74f823b0
 def settle_reproduce(
@@ -297,12 +298,13 @@ def data(
     if a.action == "write":
         from tocoad.fixtures import write_layout
         print(f"Written: {write_layout(a.folder, a.layout, size=256, n=(32, 8, 4), traps=a.traps)}"); return 0
-    from tocoad import archives
+    from tocoad.data import archives
     if a.action == "list":
         sets = archives.list_sets(a.to)
         print(json.dumps(sets.to_dict("records"), indent=1) if a.json else archives.sets_text(sets)); return 0
-    if a.action == "get": archives.get(a.name, a.archive, a.url, a.to, a.accept_licence, archives.asks, not a.quiet); return 0
-    report = archives.verify(a.folder, a.dataset, a.manifest, not a.quiet)
+    if a.action == "get": archives.get(a.name, a.archive, a.url, a.to, a.accept_licence, not a.quiet); return 0
+    from tocoad.data.verify import verify
+    report = verify(a.folder, a.dataset, a.manifest, not a.quiet)
     print(report.text()); return int(not report.ok)
 
 # %% ../nbs/19_cli.ipynb #fae1a3cb

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from tqdm.auto import tqdm
 from torch.nn import functional as nnf
-from .data.images import Category, crop, load, textures, to_float
+from .data.images import Category, crop, textures, to_float
+from .data.load import load
 from .method.contrast import CONTRASTS, PREDICTORS, Heads, Views, layer_spread
 from .method.coreset import coreset
 from .method.cutpaste import CutPaste

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation
-from .data.images import MINI, draw, mini_defects
+from .data.mini import MINI, draw, mini_defects
 from .published import BadInput, one_of
 
 # %% ../nbs/15_fixtures.ipynb #cc07d1e7

@@ -114,6 +114,7 @@ def wide(n: int,          # the paper's table, 1-9
 # %% ../nbs/00_published.ipynb #a8b3bf57
 _LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", pipe_fryum="Pipe fryum", lam="λ", ncl="NCL", dnp="DNP",
                cl_method="CL method", concat="Concatenation", loss="Loss", mvtec_ad="MVTec AD", visa="VisA", btad="BTAD",
+               mvtec_ad_2="MVTec AD 2", kolektor_sdd="KolektorSDD", dtd="Describable Textures (DTD)",
                texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.", **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)})
 
 # %% ../nbs/00_published.ipynb #344ddb71

@@ -22,6 +22,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from fastcore.basics import patch
+from .files import cache_dir
 from .method.categories import gradients_for, rotation_for
 from .published import BadInput
 
@@ -256,11 +257,13 @@ def sources(
 
 @cache
 def _tree(text):
-    "The syntax tree of a module without docstrings"
+    "The syntax tree of a module without docstrings and the types of parameters"
     tree = ast.parse(text)
     for n in ast.walk(tree):
         if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n) is not None:
             n.body = n.body[1:] or [ast.Pass()]
+        if isinstance(n, ast.arg): n.annotation = None
+        if isinstance(n, ast.FunctionDef): n.returns = None
     return tree
 
 @cache
@@ -296,7 +299,7 @@ def _definitions(text):
     return out
 
 # %% ../nbs/11_records.ipynb #de344894
-BY_NAME = ("published", "records") # rooms followed by name, beside the function's own
+BY_NAME = ("published", "records", "files", "data.images") # rooms followed by name, beside the function's own
 
 def reach(
     function:str, # a top-level name, with its room: "experiment.stage1"
@@ -550,8 +553,8 @@ def write_json(
 FORMAT = 1
 
 def default_store() -> Path: # may not exist yet
-    "`TOCOAD_STORE`, or `store` in the cache folder (`TOCOAD_CACHE`, or ~/.cache/tocoad)."
-    return Path(os.environ.get("TOCOAD_STORE") or Path(os.environ.get("TOCOAD_CACHE") or "~/.cache/tocoad")/"store").expanduser()
+    "`TOCOAD_STORE`, or `store` in the cache folder."
+    return Path(os.environ.get("TOCOAD_STORE") or cache_dir()/"store").expanduser()
 
 # %% ../nbs/11_records.ipynb #0f639d3d
 class Store:

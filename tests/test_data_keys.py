@@ -1,0 +1,63 @@
+"Keys of stored results know what stages use of the data's rooms, and nothing else of them"
+from types import SimpleNamespace
+
+import pytest
+
+from tocoad import experiment, records
+from tocoad.data.load import load
+from tocoad.records import STAGES, fingerprint, reach, sources
+
+NOW = sources()
+
+
+def moved(room, old, new):
+    "The stages whose keys fall when a room's text is edited"
+    edited = NOW | {room: NOW[room].replace(old, new)}
+    assert edited[room] != NOW[room], f"{old} is not in {room}"
+    return {s for s, stage in STAGES.items() if fingerprint(stage.function, edited) != fingerprint(stage.function, NOW)}
+
+
+@pytest.mark.parametrize("room,old,new", [
+    ("data.layouts", "LAYOUTS = {", 'LAYOUTS = {\n    "flat": Layout(holding("flat"), read_folder, "<category>/flat"),'),
+    ("data.layouts", "name = m.stem.removesuffix", "name = m.name.removesuffix"),
+    ("data.mini", "r - 0.56", "r - 0.57"), ("data.mini", "_bevel", "_slope"), ("data.load", "min(32,", "min(16,"),
+    ("data.archives", "need = 2.5", "need = 3.5"), ("data.verify", "or None", "or False"),
+    ("data.images", "linewidths=1.2", "linewidths=1.5"), ("data.images", "Split({len", "Images({len"), ("data.images", "c > 0.5", "c > 0")])
+def test_a_reader_a_painter_and_a_drawing_move_no_key(room, old, new):
+    assert moved(room, old, new) == set()
+
+
+def test_cropping_moves_every_key_and_decoding_those_that_read_textures():
+    assert moved("data.images", "y, x = (h - size) // 2", "y, x = (h - size) // 3") == set(STAGES)
+    assert moved("data.images", "images.float() / 255", "images.float() / 256") == set(STAGES) - {"metrics", "difference", "gallery"}
+    assert moved("data.images", "Resampling.BILINEAR, box", "Resampling.BICUBIC, box") == {"stage1", "stage2", "tour"}
+
+
+def test_no_stage_reaches_a_reader():
+    for stage in STAGES.values():
+        assert not {r for r in reach(stage.function, NOW)[1] if r.startswith("data.")}
+
+
+class Fields(SimpleNamespace):
+    "What a Split holds, and none of its code"
+    def __len__(self): return len(self.labels)
+
+
+def test_stages_read_fields_of_the_data_and_run_none_of_its_code():
+    "Else the code of Split would have to count as well"
+    cfg = records.config("smoke", resize=64, size=64, epochs1=1, epochs2=1, width=32, batch=8, curve=1)
+    c = SimpleNamespace(**vars(records.resolved(cfg)) | dict(metric="pixel_auroc", draws=10))
+    fields = ("images", "labels", "masks", "defects", "paths")
+    washer = load(category="washer", size=64)
+    parts = {k: Fields(**{f: getattr(getattr(washer, k), f) for f in fields}) for k in ("train", "test")}
+    data, got = SimpleNamespace(dataset="mini", name="washer", **parts), {}
+    def run(stage, *needs): return getattr(experiment, stage)(c, data, [got[n] for n in needs], {}, "cpu", False)
+    for name, stage, *needs in (
+            ("stage1", "stage1"), ("stage2", "stage2", "stage1"), ("alone", "contrastive"), ("M", "memory", "stage2"),
+            ("s", "scores", "M", "stage2"), ("M0", "memory"), ("s0", "scores", "M0"), ("metrics", "metrics", "s"),
+            ("curve", "curve", "stage2"), ("difference", "difference", "s", "s0"), ("gallery", "gallery", "s0", "s"),
+            ("tour", "tour", "stage1", "stage2", "M", "s", "s0")):
+        got[name] = run(stage, *needs)
+    assert {s.function.rpartition(".")[2] for s in STAGES.values()} <= {"stage1", "stage2", "contrastive", "memory", "scores",
+                                                                        "metrics", "curve", "difference", "gallery", "tour"}
+    assert got["metrics"][0]["image_auroc"] >= 0
