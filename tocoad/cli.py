@@ -332,17 +332,21 @@ def own(
     cfg, # of `fit`, from `settle_own`
 ) -> int: # exit status
     "Learn from good parts, or score parts"
-    from tocoad import detector
+    from tocoad.parts import export
     if a.command == "score":
-        done = detector.score(detector.Detector.load(a.model), a.images, a.out, a.maps, a.batch, a.device, not a.quiet)
-        print(done.text()); return _say(done.problem, 1) if done.problem else 0
+        from tocoad.parts.score import score
+        done = score(export.load(a.model, a.device), a.images, a.out, a.maps, a.batch, not a.quiet)
+        print(f"{done.text()}\nWritten: {a.out/'scores.csv'}, summary.json, maps/")
+        return _say(done.problem, 1) if done.problem else 0
+    from tocoad.parts.fit import fit
     _writable(a.model.parent, "--model")
+    if a.export:
+        export.ask_for_onnx() # what is missing is said before the work
     options = {k: v for k, v in dict(quantile=a.quantile, most=a.most).items() if v is not None}
-    if a.export: detector._onnx() # what is missing is said before the work
-    d = detector.fit(a.good, cfg, a.stages, device=a.device, progress=not a.quiet, **options)
-    d.save(a.model)
-    written = [a.model, *(detector.export_onnx(d, a.model.with_suffix("")) if a.export else ())]
-    print("\n".join([d.text(), f"Written: {', '.join(map(str, written))}"])); return 0
+    d = fit(a.good, cfg, a.stages, device=a.device, progress=not a.quiet, **options)
+    written = [export.save(d, a.model), *(export.export_onnx(d, a.model.with_suffix("")) if a.export else ())]
+    print(f"{d.text()}\nWritten: {', '.join(map(str, written))}")
+    return 0
 
 # %% ../nbs/19_cli.ipynb #fa6953e0
 def settle_bench(
