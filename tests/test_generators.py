@@ -1,11 +1,14 @@
 """The generators: like the old ones when fed the same draws, and every setting does what makes it different."""
 import colorsys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import reference_generators as old
 import torch
 from scipy.ndimage import label as components
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tocoad.data.images import BadInput, crop, load, textures, to_float
 from tocoad.method import cutpaste, nsa, perlin
@@ -339,12 +342,29 @@ def test_results_are_float32_under_autocast_and_leave_no_gradient(washer, T, nam
     assert inside[0].dtype == torch.float32 and not inside[0].requires_grad
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_draws_ask_the_images_device_for_nothing(washer, T, name):
-    G, x = make(name, T), washer.to("meta")                              # "meta" has no numbers: whoever asks gets an error
-    I_R = perlin.rotate(x, "both", generator=seeded())[0]
-    I_G, M = G.draw(I_R, seeded(), None)
-    assert (M & changed(I_G, I_R)).shape == (8, 224, 224)
+class Waits(TorchDispatchMode):
+    "Calls after which a GPU would have finished all its work: copies between devices that are not told otherwise"
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        between = len({t.device for t in tensors if t.dim()}) > 1           # an index, say, is copied by the way
+        moved = (kwargs or {}).get("device") not in (None, *(t.device for t in tensors))
+        if between or f is torch.ops.aten._to_copy.default and moved and not kwargs.get("non_blocking"): self.found.append(f)
+        return f(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name, settings", [(n, {}) for n in GENERATORS] + [("cutpaste", dict(variant="scar"))])
+def test_draws_ask_the_images_device_for_nothing(washer, T, monkeypatch, name, settings):
+    "meta has no numbers: whoever asks gets an error; and nobody waits for it"
+    monkeypatch.setattr(perlin, "arithmetic", lambda *_: nullcontext())      # autocast knows no meta
+    G, x = make(name, T.to("meta"), rotate="both", **settings), washer.to("meta")
+    with Waits() as waits: I_G, y_G = G(x, seeded())
+    assert I_G.shape == x.shape and y_G.shape == (8, 224, 224) and waits.found == []
+    with waits: torch.zeros(3).to("meta")
+    assert waits.found == [torch.ops.aten._to_copy.default]
 
 
 @pytest.mark.parametrize("images, words", [(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8"), (torch.zeros(3, 8, 8), r"\(3, 8, 8\)"),

@@ -459,6 +459,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'tocoad.method.contrast.bottleneck': ( 'method/contrast.html#bottleneck',
                                                                                'tocoad/method/contrast.py'),
                                         'tocoad.method.contrast.health': ('method/contrast.html#health', 'tocoad/method/contrast.py'),
+                                        'tocoad.method.contrast.layer_spread': ( 'method/contrast.html#layer_spread',
+                                                                                 'tocoad/method/contrast.py'),
                                         'tocoad.method.contrast.mean_cosine': ( 'method/contrast.html#mean_cosine',
                                                                                 'tocoad/method/contrast.py'),
                                         'tocoad.method.contrast.neg_cosine': ( 'method/contrast.html#neg_cosine',

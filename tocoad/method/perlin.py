@@ -31,7 +31,7 @@ def turn(images, degrees,                          # (B, C, H, W); (B,), counter
         ) -> torch.Tensor:                         # (B, C, H, W)
     "Each image turned about its centre by its own angle."
     h, w = images.shape[-2:]
-    cos, sin = (f(degrees.deg2rad()).to(images.device)[:, None, None] for f in (torch.cos, torch.sin))
+    cos, sin = (f(degrees.deg2rad())[:, None, None].to(images.device, non_blocking=True) for f in (torch.cos, torch.sin))
     y = torch.arange(h, device=images.device)[:, None] - (h - 1) / 2 # from the centre, pixels
     x = torch.arange(w, device=images.device) - (w - 1) / 2
     grid = torch.stack([(x * cos - y * sin) * 2 / w, (y * cos + x * sin) * 2 / h], -1) # (B, H, W, 2)
@@ -79,7 +79,7 @@ def turned_noise(n: int, size: tuple, generator=None,  # images, (H, W), `torch.
     cells = 2 ** (scales[0] + integers(scales[1] - scales[0], (n, 2), generator))
     K = int(cells.max()) + 1
     theta = 2 * math.pi * torch.rand(n, K, K, generator=generator)
-    P = perlin(theta.to(device), cells.to(device), size)
+    P = perlin(*(x.to(device, non_blocking=True) for x in (theta, cells)), size)
     return turn(P[:, None], uniform(-90, 90, n, generator))[:, 0]
 
 def perlin_mask(n, size, generator=None, scales=(0, 6),              # as above
@@ -146,7 +146,7 @@ def __call__(self: Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1];
         I_R, fg = self.base(images, generator)
         I_G, M = self.draw(I_R, generator, fg)
         with_anomaly = torch.rand(len(images), generator=generator) >= self.clean
-        M = M & with_anomaly.to(M.device)[:, None, None] & (True if fg is None else fg)
+        M = M & with_anomaly.to(M.device, non_blocking=True)[:, None, None] & (True if fg is None else fg)
         I_G = torch.where(M[:, None], I_G, I_R)
         return I_G, M if self.label == "full" else M & changed(I_G, I_R)
 
@@ -169,8 +169,8 @@ class Perlin(Anomaly):
         "The images with textures inside Perlin masks; the masks."
         n, size = len(I), I.shape[-2:]
         M = perlin_mask(n, size, generator, self.scales, self.threshold, self.count, I.device)
-        A = pick_textures(self.textures, n, size, generator).to(I.device)
-        return blend(I, A, M, uniform(*self.beta, n, generator).to(I.device)), M
+        A, beta = pick_textures(self.textures, n, size, generator), uniform(*self.beta, n, generator)
+        return blend(I, *(x.to(I.device, non_blocking=True) for x in (A, M, beta))), M
 
 # %% ../../nbs/method/1_perlin.ipynb #e971fbbe
 def foreground(images, corner: float = .1,            # (B, 3, H, W) in [0, 1]; side of the corner squares, share
