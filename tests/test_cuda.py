@@ -1,4 +1,4 @@
-"""A GPU computes what a CPU computes: `pytest -m cuda` runs these on one. Without a GPU the same bodies run on the CPU."""
+"""A GPU computes what a CPU computes: `pytest -m cuda` runs these on one; the same bodies run on the CPU."""
 import copy
 import logging
 from contextlib import contextmanager
@@ -32,11 +32,11 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", on_a_gpu("cuda")])
 # A CPU's TF32 is its float32, and its float32 is what all is compared with: bfloat16 is left.
 WAYS = pytest.mark.parametrize("device, precision", [("cpu", "bf16"), *(on_a_gpu("cuda", p) for p in PRECISIONS)])
 
-# Relative distances |x - y|/|y| of F's maps. Measured on a CPU, the largest of four layers: float32 beside float64 1.5e-6;
-# operands rounded to TF32's 11 digits 7.8e-3; bfloat16 5.6e-2, EfficientNet-Lite0 being the more delicate network.
+# Relative distances |x - y|/|y| of F's maps. Measured on a CPU, the largest of four layers: float32 beside float64
+# 1.6e-6; operands rounded to TF32's 11 digits 7.8e-3; bfloat16 5.6e-2, all of EfficientNet-Lite0.
 MAPS = dict(fp32=3e-5, tf32=3e-2, bf16=.15)
-# Losses of the second of two epochs, L_dis and L_neg relative to their size: two threads on a CPU in place of one, another
-# order of the same sums, moved L_dis by 2e-3, TF32's digits L_neg by 9e-4, bfloat16 L_dis by 1e-2.
+# Losses of the second of two epochs, L_dis and L_neg relative to their size: two threads on a CPU in place of one,
+# another order of the same sums, moved L_dis by 2e-3, TF32's digits L_neg by 9e-4, bfloat16 L_dis by 1e-2.
 LOSSES = dict(fp32=1e-2, tf32=2e-2, bf16=5e-2)
 
 
@@ -183,7 +183,7 @@ def test_stage_2(device, images, contrast, bn, precision):
 @DEVICES
 @pytest.mark.parametrize("train", [trained1, trained2])
 def test_the_same_seed_twice(device, images, train, monkeypatch):
-    "Bit for bit where cuDNN is told to add in a fixed order; otherwise within the tolerance, and how far apart is printed"
+    "Bit for bit where cuDNN is told to add in a fixed order; else within the tolerance, and how far apart is printed"
     def apart():
         one, two = (train(device, images, "fp32")[-1] for _ in range(2))
         return max(far(one[k].float(), two[k].float()) for k in one if one[k].float().norm() > 0)
@@ -204,7 +204,8 @@ def test_the_coreset_picks_the_same_patches(device, bank):
     true = torch.cdist(bank.double(), bank[known].double()).amin(1).amax()
     assert radius(bank.to(device), picks) == pytest.approx(true.item(), rel=1e-5)    # float32 of a sum of 48 squares
     for how in (dict(project=16), dict(starts=10), dict()):
-        assert coreset(bank.to(device), .05, generator=new(), **how).tolist() == coreset(bank, .05, generator=new(), **how).tolist()
+        one, other = (coreset(x, .05, generator=new(), **how).tolist() for x in (bank.to(device), bank))
+        assert one == other
 
 
 def by_hand(bank, Q, b):
@@ -239,7 +240,8 @@ def test_pixel_metrics(device):
     "They count on the CPU whatever they are given; maps that differ in the last digit change the order of few pixels"
     masks = torch.zeros(6, 56, 56, dtype=torch.bool)
     masks[3:, 10:30, 20:40] = True
-    scores = torch.rand(6, 49, generator=new()) + 2*torch.nn.functional.adaptive_max_pool2d(masks.float(), 7).flatten(1)
+    touched = torch.nn.functional.adaptive_max_pool2d(masks.float(), 7).flatten(1)
+    scores = torch.rand(6, 49, generator=new()) + 2*touched
     def judged(device):
         s = scores.to(device)
         maps = anomaly_maps(s, (7, 7), 56)
@@ -252,9 +254,11 @@ def test_pixel_metrics(device):
 @DEVICES
 def test_one_category_from_end_to_end(device, tmp_path):
     "Both stages, memory, scores, metrics and the tour of Figures 1-5. Patches moved by 1e-6 moved the scores by 4e-7"
-    cfg, data = records.config("smoke", size=64, resize=64, width=64, epochs1=1, epochs2=1, batch=16), mini("washer", 64)
+    cfg = records.config("smoke", size=64, resize=64, width=64, epochs1=1, epochs2=1, batch=16)
+    data = mini("washer", 64)
     store, run = records.Store(tmp_path/"store"), partial(experiment.compare, cfg, data=data, progress=False)
-    found, known = run(device=device, methods=("frozen", "two_stage"), store=store), run(device="cpu", methods=("frozen",))
+    found = run(device=device, methods=("frozen", "two_stage"), store=store)
+    known = run(device="cpu", methods=("frozen",))
     assert np.isfinite(found.rows.drop(columns=["method", "seed"]).to_numpy(float)).all() and len(found.rows) == 2
     for one, other in ((found.image, known.image), (found.maps, known.maps)):
         assert far(torch.as_tensor(one["frozen"]), torch.as_tensor(other["frozen"])) < 1e-4
@@ -356,7 +360,8 @@ def test_little_memory_halves_the_images(device, monkeypatch, caplog):
 @DEVICES
 def test_little_memory_halves_the_search(device, bank, caplog):
     "Distances of 4,096 patches to 30,000 take 490 MB and their order as much again; 400 are there"
-    M, Q = Memory(bank.repeat(10, 1)[:30_000 if device == "cuda" else 3000].to(device)), bank.repeat(2, 1)[:4096].to(device)*1.1
+    stored = bank.repeat(10 if device == "cuda" else 1, 1)
+    M, Q = Memory(stored.to(device)), bank.repeat(2, 1)[:4096].to(device)*1.1
     expected = M.search(Q[:50])[0]
     find = M._find
     with room(device, lambda q: find(q, 1), 400, 1000) as f, caplog.at_level(logging.WARNING):

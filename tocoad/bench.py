@@ -367,6 +367,9 @@ def training_rate(
 ) -> tuple: # images per second of all copies together, losses of each copy
     "How fast a stage trains, in one process or in several side by side"
     threads = threads or max(1, hardware()["cores"]//copies)
+    if copies == 1 and device != "cpu": # a process of its own is for its threads, and takes its time to start
+        rate, losses = _train(stage, cfg, device, n, epochs, threads)
+        return rate, [losses]
     ctx = mp.get_context("spawn")
     with ProcessPoolExecutor(copies, ctx, _join, (ctx.Barrier(copies, timeout=900),)) as pool:
         got = list(pool.map(_copy, [(stage, cfg, device, n, epochs, threads)]*copies))

@@ -44,9 +44,8 @@ def lift(P, H, W, degrees): # (3, h, w); sides of the box around the turned piec
     row = (v * math.cos(a) + u * math.sin(a) + (h - 1) / 2).round().long()
     column = (u * math.cos(a) - v * math.sin(a) + (w - 1) / 2).round().long()
     inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-    places = row.clamp(0, h - 1), column.clamp(0, w - 1), inside
-    row, column, inside = (x.to(P.device, non_blocking=True) for x in places)
-    return P[:, row, column], inside
+    to_P = lambda x: x.to(P.device, non_blocking=True)
+    return P[:, to_P(row.clamp(0, h - 1)), to_P(column.clamp(0, w - 1))], to_P(inside)
 
 # %% ../../nbs/method/8_cutpaste.ipynb #da6619fc
 @dataclass

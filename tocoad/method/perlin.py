@@ -31,7 +31,7 @@ def turn(images, degrees,                          # (B, C, H, W); (B,), counter
         ) -> torch.Tensor:                         # (B, C, H, W)
     "Each image turned about its centre by its own angle."
     h, w = images.shape[-2:]
-    cos, sin = (f(degrees.deg2rad()).to(images.device, non_blocking=True)[:, None, None] for f in (torch.cos, torch.sin))
+    cos, sin = (f(degrees.deg2rad())[:, None, None].to(images.device, non_blocking=True) for f in (torch.cos, torch.sin))
     y = torch.arange(h, device=images.device)[:, None] - (h - 1) / 2 # from the centre, pixels
     x = torch.arange(w, device=images.device) - (w - 1) / 2
     grid = torch.stack([(x * cos - y * sin) * 2 / w, (y * cos + x * sin) * 2 / h], -1) # (B, H, W, 2)
