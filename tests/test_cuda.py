@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tocoad import experiment, metrics, records
-from tocoad.data.images import crop, load, mini, textures, to_float
+from tocoad.data.images import crop, textures, to_float
+from tocoad.data.load import load
 from tocoad.method import memory
 from tocoad.method.coreset import coreset, radius
 from tocoad.method.cutpaste import CutPaste
@@ -48,7 +49,7 @@ def without_faiss(monkeypatch):
 
 @pytest.fixture(scope="module")
 def images():
-    return mini("washer", 144).train.images[:8]
+    return load(None, "mini", "washer", 144).train.images[:8]
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_pixel_metrics(device):
 def test_one_category_from_end_to_end(device, tmp_path):
     "Both stages, memory, scores, metrics and the tour of Figures 1-5. Patches moved by 1e-6 moved the scores by 4e-7"
     cfg = records.config("smoke", size=64, resize=64, width=64, epochs1=1, epochs2=1, batch=16)
-    data = mini("washer", 64)
+    data = load(None, "mini", "washer", 64)
     store, run = records.Store(tmp_path/"store"), partial(experiment.compare, cfg, data=data, progress=False)
     found = run(device=device, methods=("frozen", "two_stage"), store=store)
     known = run(device="cpu", methods=("frozen",))
@@ -348,7 +349,7 @@ def room(device, f, megabytes, rows):
 def test_little_memory_halves_the_images(device, monkeypatch, caplog):
     "Maps of 64 images at 256 take about 900 MB on their way through F; 300 are there"
     c, F, _, _, _ = parts(device, size=256, resize=256)
-    x = mini("washer", 256).train.images[:32].repeat(2, 1, 1, 1)
+    x = load(None, "mini", "washer", 256).train.images[:32].repeat(2, 1, 1, 1)
     if device == "cpu": x = x[:12]
     expected = experiment.embed_batch(F, x[:2], c).cpu()
     with room(device, lambda i: experiment.embed_batch(F, i, c).cpu(), 300, 6) as f, caplog.at_level(logging.WARNING):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tocoad.data.images import load
+from tocoad.data.load import load
 from tocoad.fixtures import write_layout
 
 LIGHT = Path(__file__).parents[1]/"nbs"/"bench"/"light"

@@ -40,7 +40,7 @@ def jobs(images, seeds, profiles, settings):
 
 @cache
 def data_of(folder, category, size):
-    from tocoad.data.images import load
+    from tocoad.data.load import load
     return load(folder, None, category, size)
 
 
