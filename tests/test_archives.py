@@ -17,7 +17,7 @@ from tocoad.data import archives
 from tocoad.data.archives import KNOWN, SUMS, Known, fetch, get, lies, list_sets, sets_text, unpack
 from tocoad.data.mini import write_mini
 from tocoad.data.verify import verify
-from tocoad.published import BadInput
+from tocoad.data.errors import BadInput
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tocoad import cli, experiment, fixtures
+from tocoad import cli, fixtures
+from tocoad.run import compare
 from tocoad.data import archives, verify
 from tocoad.data.load import load
 from tocoad.parts import score as scoring
 from tocoad.parts.export import load as load_model
-from tocoad.published import BadInput
+from tocoad.data.errors import BadInput
 
 SETS = "--set epochs1=1 epochs2=1 width=32 resize=64 size=64"
 RUN = f"run --root {{in}} --category washer --profile smoke --quiet --out {{out}} {SETS}"
@@ -128,7 +129,7 @@ def model(trees, tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, trees, model, capfd, monkeypatch):
-    monkeypatch.setattr(experiment, "compare", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr(compare, "compare", lambda *a, **k: pytest.fail("training began"))
     yield Place(tmp_path, model)
     assert capfd.readouterr() == ("", "") # nothing past Python's streams, as decoders written in C like to do
 
@@ -322,7 +323,7 @@ def test_damaged_exif(place, trees, kind, exif):
     put(f"washer/train/good/{NAME}.{kind.lower()}", saved(kind, exif=exif if kind == "JPEG" else exif[6:]))(place.root)
     place.call(VERIFY, 0, tells=["complete and sound"])
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(experiment, "compare", reached)
+        m.setattr(compare, "compare", reached)
         place.call(RUN, 1, ["reading: done"])
 
 
@@ -365,7 +366,7 @@ def test_odd_tree(place, trees, row):
 
 def test_a_stranger_that_is_shut(place, trees, monkeypatch):
     "As lost+found on a disk of its own"
-    monkeypatch.setattr(experiment, "compare", reached)
+    monkeypatch.setattr(compare, "compare", reached)
     fill(place, trees, "mvtec"); folder("lost+found")(place.root); mode("lost+found", 0)(place.root)
     place.call(RUN, 1, ["reading: done"])
 
@@ -1158,14 +1159,14 @@ def test_full_cache(place, trees, full):
     with full(8192, "small"), pytest.MonkeyPatch.context() as m:
         m.setenv("TOCOAD_CACHE", f"{place.top}/small")
         assert len(load(place.root, category="washer", size=64).train) == 6
-        m.setattr(experiment, "compare", reached)
+        m.setattr(compare, "compare", reached)
         place.call(RUN, 1, ["reading: done"])
     assert not list((place.top/"small").iterdir())
 
 
 def test_cache_that_may_not_be_written(place, trees, monkeypatch):
     fill(place, trees, "mvtec")
-    monkeypatch.setattr(experiment, "compare", reached)
+    monkeypatch.setattr(compare, "compare", reached)
     (place.top/"shut").mkdir(mode=0o500); place.env["TOCOAD_CACHE"] = f"{place.top}/shut/cache"
     place.call(RUN, 1, ["reading: done"])
     (place.top/"file").write_bytes(b""); place.env["TOCOAD_CACHE"] = f"{place.top}/file"
@@ -1175,7 +1176,7 @@ def test_cache_that_may_not_be_written(place, trees, monkeypatch):
 def test_cache_with_junk(place, trees, monkeypatch):
     "A damaged file in the cache is decoded anew"
     fill(place, trees, "mvtec")
-    monkeypatch.setattr(experiment, "compare", reached)
+    monkeypatch.setattr(compare, "compare", reached)
     for junk in (b"", b"junk", b"\x08\0\0\0\0\0\0\0{}      "):
         place.call(RUN, 1, ["reading: done"])
         kept = list((place.top/"cache").glob("*.safetensors")); assert kept
@@ -1282,7 +1283,7 @@ def hurt(d, op, k, content):
 def test_any_tree(trees, model, layout, harms, own):
     "Every command on every damage: a status, one line or a report, and the tree as it was"
     with tempfile.TemporaryDirectory() as top, pytest.MonkeyPatch.context() as m:
-        m.setattr(experiment, "compare", reached)
+        m.setattr(compare, "compare", reached)
         place = Place(top, model); fill(place, trees, layout)
         for op, k, kind in harms:
             with contextlib.suppress(OSError): hurt(place.root, op, k, BROKEN[kind][1]())

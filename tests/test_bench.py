@@ -57,7 +57,8 @@ def test_every_goal_has_its_measurement():
 
 def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
     "A rate twice as high halves the hours; a file without rates is one sentence"
-    from tocoad.records import STAGES, computed_by, config
+    from tocoad.run.keys import STAGES, computed_by
+    from tocoad.run.config import config
     c, hours = config("paper"), []
     arithmetic = computed_by(c.precision, "cuda")["arithmetic"]
     (tmp_path/"bottle").mkdir()
@@ -76,8 +77,8 @@ def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
 def test_rates_are_those_of_the_arithmetic_that_computes():
     "tf32 is float32 on a CPU; the notebook of the GPU measures all three, that of precision compares them"
     from tocoad.method.features import PRECISIONS
-    from tocoad.records import config
-    from tocoad.reproduce import _rate_of
+    from tocoad.run.config import config
+    from tocoad.paper.plan import _rate_of
     c = config("paper")
     assert c.precision == "tf32" and [_rate_of("stage1", c, k)[2] for k in ("cpu", "cuda")] == ["fp32", "tf32"]
     for name in ("gpu", "precision"): assert all(f'"{p}"' in source(name) for p in PRECISIONS) or "for p in PRECISIONS" in source(name), name

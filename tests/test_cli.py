@@ -154,5 +154,6 @@ def test_as_a_process(tmp_path):
 
 
 def test_the_command_knows_the_profiles_there_are():
-    from tocoad import cli, records
-    assert cli.PROFILES == tuple(records.PROFILES)
+    from tocoad import cli
+    from tocoad.run import config
+    assert cli.PROFILES == tuple(config.PROFILES)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tocoad import experiment, metrics, records
+from tocoad.measure import metrics
+from tocoad.method import halving
+from tocoad.paper import tour
+from tocoad.run import compare, config, stages, store as store_room
 from tocoad.data.images import crop, textures, to_float
 from tocoad.data.load import load
 from tocoad.method import memory
@@ -70,9 +73,9 @@ def far(x, y): return ((x.cpu().double() - y.cpu().double()).norm()/y.cpu().doub
 
 def parts(device, **changes):
     "Settings of the smoke profile, F, D, G and C on a device"
-    c = records.resolved(records.config("smoke", **changes))
-    F, D = experiment.make_networks(c, device)
-    return c, F, D, experiment.make_generator(c, device=device), experiment.make_contrast(c, F)
+    c = config.resolved(config.config("smoke", **changes))
+    F, D = stages.make_networks(c, device)
+    return c, F, D, stages.make_generator(c, device=device), stages.make_contrast(c, F)
 
 
 @DEVICES
@@ -255,15 +258,15 @@ def test_pixel_metrics(device):
 @DEVICES
 def test_one_category_from_end_to_end(device, tmp_path):
     "Both stages, memory, scores, metrics and the tour of Figures 1-5. Patches moved by 1e-6 moved the scores by 4e-7"
-    cfg = records.config("smoke", size=64, resize=64, width=64, epochs1=1, epochs2=1, batch=16)
+    cfg = config.config("smoke", size=64, resize=64, width=64, epochs1=1, epochs2=1, batch=16)
     data = load(None, "mini", "washer", 64)
-    store, run = records.Store(tmp_path/"store"), partial(experiment.compare, cfg, data=data, progress=False)
+    store, run = store_room.Store(tmp_path/"store"), partial(compare.compare, cfg, data=data, progress=False)
     found = run(device=device, methods=("frozen", "two_stage"), store=store)
     known = run(device="cpu", methods=("frozen",))
     assert np.isfinite(found.rows.drop(columns=["method", "seed"]).to_numpy(float)).all() and len(found.rows) == 2
     for one, other in ((found.image, known.image), (found.maps, known.maps)):
         assert far(torch.as_tensor(one["frozen"]), torch.as_tensor(other["frozen"])) < 1e-4
-    r = experiment.carry_out(experiment.tour_task(cfg, data, device=device), data, store, device=device)
+    r = compare.carry_out(tour.tour_task(cfg, data, device=device), data, store, device=device)
     assert r["hardware"]["device"] == (torch.cuda.get_device_name() if device == "cuda" else "cpu")
     assert r["made_from"]["by"]["device"] == device and r["values"]["kept"] > 0
 
@@ -304,7 +307,7 @@ def test_waiting_is_an_error(device):
 @pytest.mark.parametrize("generator", ["perlin", "cutpaste", "nsa"])
 def test_no_wait_in_a_step_of_stage_1(device, images, generator):
     c, F, D, G, _ = parts(device, generator=generator)
-    I, loss = to_float(crop(images[:4], SIZE)).to(device), experiment._loss(c.loss1, c, {})
+    I, loss = to_float(crop(images[:4], SIZE)).to(device), stages._loss(c.loss1, c, {})
     step = partial(train_step, F.requires_grad_(False), D, G, I, new(), loss, torch.optim.Adam(D.train().parameters()))
     step()                                                                   # the first one makes Adam's state
     with strict(device): losses = torch.stack([step() for _ in range(2)])
@@ -351,9 +354,9 @@ def test_little_memory_halves_the_images(device, monkeypatch, caplog):
     c, F, _, _, _ = parts(device, size=256, resize=256)
     x = load(None, "mini", "washer", 256).train.images[:32].repeat(2, 1, 1, 1)
     if device == "cpu": x = x[:12]
-    expected = experiment.embed_batch(F, x[:2], c).cpu()
-    with room(device, lambda i: experiment.embed_batch(F, i, c).cpu(), 300, 6) as f, caplog.at_level(logging.WARNING):
-        found, fits = experiment.halving(f, x, len(x))
+    expected = stages.embed_batch(F, x[:2], c).cpu()
+    with room(device, lambda i: stages.embed_batch(F, i, c).cpu(), 300, 6) as f, caplog.at_level(logging.WARNING):
+        found, fits = halving.halving(f, x, len(x))
     assert fits < len(x) and len(found) == len(x) and "memory ran out" in caplog.text
     assert far(found[:2], expected) < MAPS["fp32"]
 

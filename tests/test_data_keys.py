@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tocoad import experiment, records
+from tocoad.run import config
+from tocoad.run.compare import function_of
 from tocoad.data.load import load
-from tocoad.records import STAGES, fingerprint, reach, sources
+from tocoad.run.keys import STAGES, fingerprint, reach, sources
 
 NOW = sources()
 
@@ -45,13 +46,13 @@ class Fields(SimpleNamespace):
 
 def test_stages_read_fields_of_the_data_and_run_none_of_its_code():
     "Else the code of Split would have to count as well"
-    cfg = records.config("smoke", resize=64, size=64, epochs1=1, epochs2=1, width=32, batch=8, curve=1)
-    c = SimpleNamespace(**vars(records.resolved(cfg)) | dict(metric="pixel_auroc", draws=10))
+    cfg = config.config("smoke", resize=64, size=64, epochs1=1, epochs2=1, width=32, batch=8, curve=1)
+    c = SimpleNamespace(**vars(config.resolved(cfg)) | dict(metric="pixel_auroc", draws=10))
     fields = ("images", "labels", "masks", "defects", "paths")
     washer = load(category="washer", size=64)
     parts = {k: Fields(**{f: getattr(getattr(washer, k), f) for f in fields}) for k in ("train", "test")}
     data, got = SimpleNamespace(dataset="mini", name="washer", **parts), {}
-    def run(stage, *needs): return getattr(experiment, stage)(c, data, [got[n] for n in needs], {}, "cpu", False)
+    def run(stage, *needs): return function_of(stage)(c, data, [got[n] for n in needs], {}, "cpu", False)
     for name, stage, *needs in (
             ("stage1", "stage1"), ("stage2", "stage2", "stage1"), ("alone", "contrastive"), ("M", "memory", "stage2"),
             ("s", "scores", "M", "stage2"), ("M0", "memory"), ("s0", "scores", "M0"), ("metrics", "metrics", "s"),

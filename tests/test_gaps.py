@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from nbconvert.filters import markdown2html
 from tocoad.paper.gaps import SECTIONS, gap, gaps
-from tocoad.records import PROFILES, Config
+from tocoad.run.config import PROFILES, Config
 
 ROOT = Path(__file__).parents[1]
 LIST = ROOT/"nbs"/"paper"/"gaps.ipynb"
@@ -56,7 +56,7 @@ def test_every_row_says_where_it_is_decided():
 
 
 def test_every_setting_that_names_a_gap_is_named_by_it():
-    text = (ROOT/"tocoad"/"records.py").read_text(encoding="utf-8")
+    text = (ROOT/"tocoad"/"run"/"config.py").read_text(encoding="utf-8")
     body = re.search(r"class Config:.*?(?=^    def |\n# %%)", text, re.S | re.M)[0]
     said = re.findall(r"^    (\w+)\s*:[^#\n]*#(.*)$", body, re.M)
     assert len(said) == len(Config.__dataclass_fields__)

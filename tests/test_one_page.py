@@ -10,8 +10,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from tocoad import experiment
-from tocoad.records import config
+from tocoad.run import compare
+from tocoad.run.config import config
 
 PAGE = Path(__file__).parents[1]/"nbs"/"method"/"0_one_page.ipynb"
 CELLS = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
@@ -37,7 +37,7 @@ def command():
     "What `tocoad run --profile smoke` computes, with one thread"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield experiment.compare(config("smoke"), methods=("frozen", "two_stage"), device="cpu", progress=False)
+    yield compare.compare(config("smoke"), methods=("frozen", "two_stage"), device="cpu", progress=False)
     torch.set_num_threads(threads)
 
 
@@ -62,8 +62,8 @@ def test_the_page_is_one_page():
 
 def test_the_page_knows_the_method_only():
     taken = re.findall(r"^from tocoad\.(\w+)", "\n".join(CODE), re.MULTILINE)
-    assert set(taken) == {"data", "method", "metrics"}
-    assert not re.search("Config|Store|experiment|records|tqdm", json.dumps(CELLS))
+    assert set(taken) == {"data", "method", "measure"}
+    assert not re.search(r"Config|Store|tocoad\.run|tocoad\.paper|tqdm", json.dumps(CELLS))
 
 
 def test_the_loops_of_training_are_written_out():

@@ -3,12 +3,12 @@ import json
 
 import pytest
 
-from tocoad import reproduce
+from tocoad.paper import plan, rows, sheets
 from tocoad.cli import main
 from tocoad.fixtures import write_layout
 from tocoad.paper import panel
-from tocoad.records import Store
-from tocoad.report import Results
+from tocoad.run.store import Store
+from tocoad.paper.report import Results
 from tocoad.run import exchange
 
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=10", "width=32", "batch=8", "bn2=train", "curve=5"]
@@ -21,8 +21,8 @@ def there(tmp_path_factory):
     write_layout(root/"btad_like", "btad", ["01"], size=64)
     write_layout(root/"mine"/"parts", "mvtec", ["washer"], size=64)
     folders = [str(root/"btad_like"/"01"), str(root/"mine"/"parts"/"washer")]
-    o = reproduce.options("smoke", folders=folders, settings=TINY, store=str(root/"store"))
-    return root, o, reproduce.compute(["panel"], o)["panel"]
+    o = plan.options("smoke", folders=folders, settings=TINY, store=str(root/"store"))
+    return root, o, sheets.compute(["panel"], o)["panel"]
 
 
 def test_the_panel_names_its_sets_after_their_folders_and_says_whose_split_it_is(there):
@@ -40,7 +40,7 @@ def test_every_trained_row_stands_beside_frozen_and_its_control(there):
     found = {(d["row"], d["base"]) for d in sheet["differences"] if d["category"] == "washer" and d["metric"] == "aupro"}
     for row in o.rows("panel"):
         if row.changes["method"] in ("two_stage", "contrastive"):
-            assert {(row.name, "frozen F"), (row.name, reproduce.control(row).name)} <= found
+            assert {(row.name, "frozen F"), (row.name, rows.control(row).name)} <= found
     assert ("ToCoAD + Perlin", "C alone, weight 0.5") in found
     assert set(panel.table(r).columns.get_level_values(1)) >= {"value", "Δ frozen F", "Δ its control", "Δ C, half weight"}
 
@@ -72,8 +72,8 @@ def test_a_command_with_a_budget_goes_on_and_comes_to_the_same(there, tmp_path, 
 
 def test_a_part_says_so_in_its_title(there, tmp_path):
     _, o, _ = there
-    seeds = reproduce.options("smoke", folders=o.folders, settings=TINY, store=o.store, seeds=[0, 1])
-    sheet = reproduce.compute(["panel"], seeds, stored=True)["panel"]
+    seeds = plan.options("smoke", folders=o.folders, settings=TINY, store=o.store, seeds=[0, 1])
+    sheet = sheets.compute(["panel"], seeds, stored=True)["panel"]
     assert sheet["left"] == len(o.rows("panel"))*2 and f"so far {len(sheet['runs'])} of {2*len(sheet['runs'])} runs" in Results(sheet).title()
     assert len(sheet["differences"]) > 0 # over the seed that is there
 

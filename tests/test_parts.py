@@ -17,8 +17,8 @@ from tocoad.data.mini import draw
 from tocoad.parts.export import export_onnx, load, save
 from tocoad.parts.fit import LEAST, Detector, decoded, fit, hash_order, rank
 from tocoad.parts.score import Summary, score, scored, tally
-from tocoad.published import BadInput
-from tocoad.records import config
+from tocoad.data.errors import BadInput
+from tocoad.run.config import config
 
 SIZE = 64
 CFG = config("smoke", resize=SIZE, size=SIZE, sigma=2.)

@@ -85,7 +85,7 @@ def test_notebook_carries_one_clean_run(nb):
 
 def test_notebooks_for_papermill_take_parameters():
     "papermill silently ignores -p where no cell is tagged"
-    folders = [p for f in ("lab", "tables", "figures", "bench") for p in (ROOT/"nbs"/f).glob("*.ipynb")]
+    folders = [p for f in ("lab", "paper/tables", "paper/figures", "bench") for p in (ROOT/"nbs"/f).glob("*.ipynb")]
     for nb in (*folders, ROOT/"nbs/parts/own_parts.ipynb"):
         tagged = [c for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, nb.name

@@ -13,7 +13,7 @@ from tocoad.data.images import binary, open_image, rgb
 from tocoad.data.layouts import DATASETS, LAYOUTS, categories, recognise
 from tocoad.data.load import load
 from tocoad.fixtures import NAMES, plan, seen, write_layout
-from tocoad.published import BadInput
+from tocoad.data.errors import BadInput
 
 N = (5, 2, 2)
 NAMED = dict(mvtec="own", folder="own") # the data set that a tree is taken for, where it is not its layout's name

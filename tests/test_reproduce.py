@@ -6,31 +6,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from tocoad import experiment, published, records, report, reproduce
+from tocoad.data import load
+from tocoad.method import perlin
+from tocoad.paper import plan, published, regenerate, report, rows, sheets
+from tocoad.run import compare, config, keys, stages
 from tocoad.cli import main
 from tocoad.data.images import textures
 from tocoad.data.mini import write_mini
 from tocoad.fixtures import write_layout
-from tocoad.records import STAGES, Store, fingerprint, sources
-from tocoad.report import Results
+from tocoad.run.keys import STAGES, fingerprint, sources
+from tocoad.run.store import Store
+from tocoad.paper.report import Results
 
 ROOT = Path(__file__).parents[1]
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=1", "width=32", "batch=8"]
 FORK = multiprocessing.get_context("forkserver") # children start with torch loaded and no thread started
-FORK.set_forkserver_preload(["tocoad.experiment", "tocoad.reproduce"])
+FORK.set_forkserver_preload(["tocoad.run.compare", "tocoad.paper.sheets"])
 
 
 def grid(store, target="table5", seeds=(0,)):
     "Compute a tiny grid; run in a child"
     torch.set_num_threads(1)
-    reproduce.compute([target], options(store, seeds))
+    sheets.compute([target], options(store, seeds))
 
 
-def options(store, seeds=(0,), **kw): return reproduce.options(**dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds) | kw)
+def options(store, seeds=(0,), **kw): return plan.options(**dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds) | kw)
 def child(*args): p = FORK.Process(target=grid, args=args); p.start(); return p
 def journal(store): return [l.split()[1:3] for l in (Path(store)/"journal.txt").read_text().splitlines()]
 def numbers(store, target="table5", seeds=(0,)):
-    s = json.loads(reproduce.sheet_path(target, options(store, seeds), Store(store)).read_text())
+    s = json.loads(sheets.sheet_path(target, options(store, seeds), Store(store)).read_text())
     assert not s["failed"]
     return s["runs"], s["differences"]
 
@@ -52,8 +56,9 @@ SCORED = {"memory", "scores", "metrics", "curve", "difference", "gallery", "tour
 @pytest.mark.parametrize("room,touched", [
     ("method.perlin", {"stage1", "stage2", "tour"}), ("method.cutpaste", {"stage1", "stage2", "tour"}), ("method.nsa", {"stage1", "stage2", "tour"}),
     ("method.contrast", {"stage2", "contrastive", "tour"}), ("method.finetune", {"stage2", "contrastive"}), ("method.features", EVERY),
-    ("method.memory", SCORED), ("method.coreset", SCORED), ("data.images", set()), ("files", set()), ("metrics", {"metrics", "difference", "curve"}),
-    ("published", set()), ("paper.gaps", set()), ("report", set()), ("cli", set()), ("reproduce", set())])
+    ("method.memory", SCORED), ("method.coreset", SCORED), ("data.images", set()), ("files", set()), ("measure.metrics", {"metrics", "difference", "curve"}), ("measure.intervals", {"difference"}),
+    ("paper.published", set()), ("data.errors", set()), ("paper.gaps", set()), ("paper.report", set()), ("cli", set()), ("paper.sheets", set()),
+    ("run.config", set()), ("run.store", set()), ("run.compare", set())])
 def test_an_edit_touches_what_it_can_change(room, touched):
     now = sources()
     edited = now | {room: now[room] + "\nEDITED = True\n"}
@@ -70,20 +75,20 @@ def test_comments_and_docstrings_touch_nothing():
 
 def test_a_stage_reads_only_what_its_key_names():
     "Every setting that a stage is given changes its key, and no other does"
-    base = records.config("smoke")
+    base = config.config("smoke")
     other = dict(backbone="resnet18", norm="imagenet", precision="bf16", compile=True, size=64, seed=1, generator="nsa", rotate="none", angle=1.,
         fill=0, scales=(1, 3), threshold=.4, beta=.5, foreground=True, count=2, clean=.5, label="full", cutpaste="scar", jitter=.2,
         gradients="mixed", loss="ce", loss1="ce", gamma=1., alpha=.5, contrast="byol", ema=.9, layers=(2, 3), concat=True, pool=2,
         predictor="mlp", width=64, printed=True, view_of="crop", scale=.5, colour=0., lam=.1, lam_alone=.5, bn1="train", bn2="train",
         freeze=1, train_d=True, batch=4, epochs1=3, lr1=.1, epochs2=3, lr2=.1, lr_head=None, curve=1, patches="patchcore", dims=8,
         coreset=.2, project=8, starts=2, scorer="paper", b=3, sigma=1., image_score="map")
-    assert set(records.Config.__dataclass_fields__) - set(other) == {"profile", "dataset", "category", "method", "weights", "textures",
+    assert set(config.Config.__dataclass_fields__) - set(other) == {"profile", "dataset", "category", "method", "weights", "textures",
                                                                      "resize", "shorter", "mask"}
     for name, stage in STAGES.items():
-        key = lambda cfg: records.task(name, cfg, "data", "weights").key
+        key = lambda cfg: keys.task(name, cfg, "data", "weights").key
         moved = {k for k, v in other.items() if key(base.replace(**{k: v})) != key(base)}
         assert moved == {*stage.fields, "precision"} - {"weights", "textures"}
-        assert key(base) != records.task(name, base, "other data", "weights").key
+        assert key(base) != keys.task(name, base, "other data", "weights").key
 
 
 # kill, share, distribute
@@ -120,7 +125,7 @@ def test_cluster_with_a_worker_killed_gives_the_same(tmp_path, monkeypatch):
             while not list((store/"stage2").glob("*.lock")) if (store/"stage2").exists() else True: time.sleep(.002)
             killed.append(next(iter(pids.values()))); os.kill(killed[0], signal.SIGKILL)
         t = threading.Thread(target=kill, daemon=True); t.start()
-        reproduce.compute(["table5"], options(store, (0, 1)), workers=client)
+        sheets.compute(["table5"], options(store, (0, 1)), workers=client)
         t.join(5)
     assert killed
     assert numbers(store, "table5", (0, 1)) == numbers(tmp_path/"one", "table5", (0, 1))
@@ -132,10 +137,12 @@ def test_cluster_with_a_worker_killed_gives_the_same(tmp_path, monkeypatch):
 
 WALK = """
 import json, sys, tocoad
-from tocoad import experiment, records
+from tocoad.data import load
+from tocoad.method import perlin
+from tocoad.run import compare, config, keys, stages
 assert tocoad.__file__.startswith(sys.argv[1])
-cfg = records.config("smoke", **records.settings(sys.argv[3:]))
-r = experiment.compare(cfg, data=experiment.load(None, "mini", "washer", size=64), progress=False, store=records.Store(sys.argv[2]))
+cfg = config.config("smoke", **config.settings(sys.argv[3:]))
+r = compare.compare(cfg, data=load.load(None, "mini", "washer", size=64), progress=False, store=stores.Store(sys.argv[2]))
 print(json.dumps(dict(computed=r.stages[r.stages.computed][["method", "stage"]].values.tolist(), rows=r.rows.to_dict("records"))))
 """
 
@@ -179,7 +186,7 @@ def test_a_students_walk(tmp_path):
     assert computed == {(m, s) for m, t in (("contrastive", "contrastive"), ("two_stage", "stage2")) for s in (t, "memory", "scores", "metrics")}
     assert third["contrastive"] != changed["contrastive"]
 
-    edit("09_metrics.ipynb", "code", "aupro=float(pro))", "aupro=float(pro), extra=1.)")
+    edit("measure/1_metrics.ipynb", "code", "aupro=float(pro))", "aupro=float(pro), extra=1.)")
     computed, fourth = walk()
     assert computed == {(m, "metrics") for m in fourth} and fourth["frozen"]["extra"] == 1 and fourth["frozen"]["pixel_auroc"] == third["frozen"]["pixel_auroc"]
 
@@ -195,17 +202,17 @@ class Tinted(torch.nn.Module):
 
 
 def test_components_are_part_of_the_key_and_stay_as_they_are(tmp_path):
-    cfg, data, store, views = records.config("smoke", **records.settings(TINY)), experiment.load(None, "mini", "washer", size=64), Store(tmp_path/"store"), Tinted()
+    cfg, data, store, views = config.config("smoke", **config.settings(TINY)), load.load(None, "mini", "washer", size=64), Store(tmp_path/"store"), Tinted()
     variants = dict(frozen=dict(method="frozen"), unchanged={}, tinted=dict(parts=dict(views=views)), sharp=dict(sigma=1.))
-    first = experiment.compare(cfg, methods=variants, data=data, progress=False, store=store)
+    first = compare.compare(cfg, methods=variants, data=data, progress=False, store=store)
     assert set(first.stages.query("method == 'tinted' and computed").stage) == {"stage2", "memory", "scores", "metrics"}
     assert set(first.stages.query("method == 'sharp' and computed").stage) == {"metrics"}
-    assert views.tint.detach().eq(1).all() and not experiment.compare(cfg, methods=variants, data=data, progress=False, store=store).stages.computed.any()
-    again = experiment.judge(data, first.image["sharp"][0], first.maps["sharp"][0])
+    assert views.tint.detach().eq(1).all() and not compare.compare(cfg, methods=variants, data=data, progress=False, store=store).stages.computed.any()
+    again = stages.judge(data, first.image["sharp"][0], first.maps["sharp"][0])
     assert again["pixel_auroc"] == first.rows.query("method == 'sharp'").pixel_auroc.item(), "the maps are those of the method"
     assert {tuple(r["custom"]) for r in store.records()} == {(), ("views",)}
-    opaque = experiment.tasks(cfg, data, dict(generator=experiment.Perlin(textures=textures(limit=4), beta=(0, .1))))["stage1"]
-    assert opaque.custom == ("generator",) and opaque.key != experiment.tasks(cfg, data)["stage1"].key
+    opaque = compare.tasks(cfg, data, dict(generator=perlin.Perlin(textures=textures(limit=4), beta=(0, .1))))["stage1"]
+    assert opaque.custom == ("generator",) and opaque.key != compare.tasks(cfg, data)["stage1"].key
 
 
 # the command
@@ -230,7 +237,7 @@ def partly(tmp_path_factory):
 
 
 def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly, monkeypatch):
-    monkeypatch.setattr(reproduce, "unlike", lambda data: "") # as if the mini data were MVTec AD's bottle
+    monkeypatch.setattr(sheets, "unlike", lambda data: "") # as if the mini data were MVTec AD's bottle
     words = ["reproduce", "table1", "table7", "audit", "figure7", "--root", partly, "--profile", "smoke", "--set", *TINY, "--store", tmp_path/"store", "--out", tmp_path/"out", "--quiet"]
     status, out, err = say(*words)
     assert status == 0, err
@@ -247,7 +254,7 @@ def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly, monk
 
 
 def test_reading_from_the_store_imports_no_torch(unbroken):
-    code = f"import sys; from tocoad import reproduce; r = reproduce.results('table5', profile='smoke', categories=['washer'], settings={TINY}, store={str(unbroken)!r}); print(len(r.runs), 'torch' in sys.modules)"
+    code = f"import sys; from tocoad.paper import sheets; r = sheets.results('table5', profile='smoke', categories=['washer'], settings={TINY}, store={str(unbroken)!r}); print(len(r.runs), 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["5", "False"]
 
@@ -255,7 +262,7 @@ def test_reading_from_the_store_imports_no_torch(unbroken):
 def test_a_failed_cell_is_a_row_and_is_tried_again(tmp_path):
     o = options(tmp_path/"store", settings=[*TINY, "lr2=1e30"])
     for _ in range(2):
-        r = Results(reproduce.compute(["table5"], o)["table5"])
+        r = Results(sheets.compute(["table5"], o)["table5"])
         assert r.rows == ["frozen F", "NCL ×, DNP ×"] and len(r.failed) == 3 and all("The loss became" in f for f in r.failed)
     tried = [s for s, _ in journal(tmp_path/"store")]
     assert tried.count("stage1") == 1 and "stage2" not in tried
@@ -263,13 +270,13 @@ def test_a_failed_cell_is_a_row_and_is_tried_again(tmp_path):
 
 def test_a_data_set_that_cannot_be_read_is_a_row(tmp_path):
     (tmp_path/"visa"/"candle").mkdir(parents=True)
-    r = Results(reproduce.compute(["table2"], options(tmp_path/"store", root=str(tmp_path), categories=None))["table2"])
+    r = Results(sheets.compute(["table2"], options(tmp_path/"store", root=str(tmp_path), categories=None))["table2"])
     assert not r.rows and len(r.failed) == 3 and "candle" in r.failed[0] and any("VisA: Capsules" in m for m in r.missing)
 
 
 def test_a_split_of_one_s_own_fills_no_cell_of_the_paper_s_tables(tmp_path):
     write_layout(tmp_path/"visa", "visa", ["candle"])
-    r = Results(reproduce.compute(["table2"], options(tmp_path/"store", root=str(tmp_path), categories=None))["table2"])
+    r = Results(sheets.compute(["table2"], options(tmp_path/"store", root=str(tmp_path), categories=None))["table2"])
     assert not r.rows and len(r.failed) == 3
     assert all("train normal 6 instead of 900" in f and "tocoad reproduce panel --folders" in f for f in r.failed)
     assert "ours" not in report.comparison(r).columns.get_level_values(1)
@@ -277,17 +284,17 @@ def test_a_split_of_one_s_own_fills_no_cell_of_the_paper_s_tables(tmp_path):
 
 def test_visa_and_btad_fill_tables_2_and_3(tmp_path, monkeypatch):
     "On the mini data laid out as these sets: every row is computed, and Table 3 has the image level that the paper leaves out"
-    monkeypatch.setattr(reproduce, "unlike", lambda data: "") # as if the counts were the published ones
+    monkeypatch.setattr(sheets, "unlike", lambda data: "") # as if the counts were the published ones
     for d, names in dict(visa=["candle"], btad=["01", "03"]).items(): write_layout(tmp_path/d, d, names, traps=True)
     o = options(tmp_path/"store", root=str(tmp_path), categories=None)
-    sheets = {t: Results(s) for t, s in reproduce.compute(["table2", "table3"], o).items()}
+    both = {t: Results(s) for t, s in sheets.compute(["table2", "table3"], o).items()}
     for t, d, names in (("table2", "VisA", ["Candle", "Total avg. (1 of 12)"]), ("table3", "BTAD", ["01", "03", "Total avg. (2 of 3)"])):
-        r = sheets[t]
+        r = both[t]
         assert not r.failed and any(d in m for m in r.missing)
         assert list(report.gains(r).index) == names
-    extra = report.beyond(sheets["table3"])
+    extra = report.beyond(both["table3"])
     assert list(extra.index)[:2] == ["01", "03"] and "(2 of 3)" in extra.index[2] and (extra.xs("ours", axis=1, level=1) != "-").all().all()
-    assert set(sheets["table3"].runs.dataset) == {"btad"}
+    assert set(both["table3"].runs.dataset) == {"btad"}
 
 
 def test_failures_end_with_status_1(say, tmp_path):
@@ -350,7 +357,7 @@ def test_two_profiles_stand_side_by_side(say, tmp_path):
     head, rows = next(l for l in text.splitlines() if l.startswith("| NCL")), [l for l in text.splitlines() if l.startswith("| ")]
     assert all(f"{p} I-AUROC (%) ours" in head for p in ("literal", "paper")) and head.count("I-AUROC (%) published") == 1
     assert any(l.startswith("| rate 0, both stages, Perlin") for l in rows) and any(l.startswith("| C alone, weight 0.5") for l in rows)
-    both = reproduce.results("table5", ["literal", "paper"], categories=["washer"], settings=LITE, store=str(tmp_path/"s"))
+    both = sheets.results("table5", ["literal", "paper"], categories=["washer"], settings=LITE, store=str(tmp_path/"s"))
     literal, paper = both, both.beside[0]
     frozen = lambda r, c: r.runs[r.runs.row == "frozen F"][c].item()
     assert frozen(literal, "pixel_auroc") != frozen(paper, "pixel_auroc"), "Eq. 9's scores against plain distances"
@@ -361,7 +368,7 @@ def test_two_profiles_stand_side_by_side(say, tmp_path):
 
 
 def test_every_two_stage_row_says_the_share_of_ds_pull(unbroken):
-    r = reproduce.results("table5", profile="smoke", categories=["washer"], settings=TINY, store=str(unbroken))
+    r = sheets.results("table5", profile="smoke", categories=["washer"], settings=TINY, store=str(unbroken))
     pull = r.runs.set_index("row").pull
     assert 0 < pull["NCL ✓, DNP ✓"] < 100 and pull.drop("NCL ✓, DNP ✓").isna().all()
     assert "D's pull, %" in report.ablation(r).columns.get_level_values(0)
@@ -369,7 +376,7 @@ def test_every_two_stage_row_says_the_share_of_ds_pull(unbroken):
 
 def test_best_epoch_by_test_labels_is_a_column_of_its_own(tmp_path):
     o = options(tmp_path/"s", settings=[*TINY, "epochs2=2", "curve=1"])
-    r = Results(reproduce.compute(["table8"], o)["table8"], None, o.rows("table8"))
+    r = Results(sheets.compute(["table8"], o)["table8"], None, o.rows("table8"))
     trained = r.runs[r.runs.row != "frozen F"]
     assert (trained.oracle_pixel_auroc >= trained.pixel_auroc).all() and r.runs[r.runs.row == "frozen F"].oracle_pixel_auroc.isna().all()
     assert "best epoch by test labels" in report.ablation(r).columns.get_level_values(1)
@@ -377,22 +384,22 @@ def test_best_epoch_by_test_labels_is_a_column_of_its_own(tmp_path):
 
 
 def test_a_result_of_another_arithmetic_or_version_has_another_key(monkeypatch):
-    cfg, data = records.config("smoke"), experiment.load(None, "mini", "washer", size=64)
-    key = lambda cfg=cfg, device="cpu": {s: t.key for s, t in experiment.tasks(cfg, data, device=device).items()}
+    cfg, data = config.config("smoke"), load.load(None, "mini", "washer", size=64)
+    key = lambda cfg=cfg, device="cpu": {s: t.key for s, t in compare.tasks(cfg, data, device=device).items()}
     first = key()
     for other in (key(device="cuda"), key(cfg.replace(precision="bf16"))): assert not set(first.values()) & set(other.values())
     assert key(cfg.replace(precision="tf32")) == first, "a CPU knows no TF32"
     assert not set(key(cfg.replace(precision="tf32"), "cuda").values()) & set(key(device="cuda").values())
-    for package in records.COMPUTING:
-        monkeypatch.setattr(records, "versions", lambda p=package, v=records.versions(): v | {p: "0"})
+    for package in keys.COMPUTING:
+        monkeypatch.setattr(keys, "versions", lambda p=package, v=keys.versions(): v | {p: "0"})
         assert not set(first.values()) & set(key().values()), package
         monkeypatch.undo()
 
 
 def test_rows_of_table_6_share_one_discriminator():
-    data = experiment.load(None, "mini", "washer", size=64)
-    o = reproduce.options("smoke")
-    one = {row.name: experiment.tasks(o.config("mini", "washer", 0, row), data)["stage1"].key for row in o.rows("table6") if row.changes["method"] == "two_stage"}
+    data = load.load(None, "mini", "washer", size=64)
+    o = plan.options("smoke")
+    one = {row.name: compare.tasks(o.config("mini", "washer", 0, row), data)["stage1"].key for row in o.rows("table6") if row.changes["method"] == "two_stage"}
     other = one.pop("λ 0.5, Loss CE, D by CE too")
     assert len(one) == 10 and len(set(one.values())) == 1 and other not in one.values()
 
@@ -416,14 +423,14 @@ def test_tensors_may_be_dropped_and_numbers_stay(tmp_path, unbroken):
     store = tmp_path/"store"
     shutil.copytree(unbroken, store)
     o = options(store)
-    reproduce.compute(["table5"], o, keep="scores")
+    sheets.compute(["table5"], o, keep="scores")
     assert not list((store/"stage2").glob("*.safetensors")) and list((store/"scores").glob("*.safetensors"))
     assert numbers(store) == numbers(unbroken) and journal(store) == journal(unbroken)
 
 
 def test_every_target_has_its_notebook_with_the_same_parameters():
     import papermill
-    for t in reproduce.TARGETS:
-        taken = [p for p in reproduce.PARAMETERS if p != "folders" or t == "panel"]
-        assert sorted(papermill.inspect_notebook(str(reproduce.notebook_of(t)))) == sorted(taken), t
-        assert 5 <= sum(c["cell_type"] == "code" for c in json.loads(reproduce.notebook_of(t).read_text())["cells"]) <= 15, t
+    for t in rows.TARGETS:
+        taken = [p for p in regenerate.PARAMETERS if p != "folders" or t == "panel"]
+        assert sorted(papermill.inspect_notebook(str(regenerate.notebook_of(t)))) == sorted(taken), t
+        assert 5 <= sum(c["cell_type"] == "code" for c in json.loads(regenerate.notebook_of(t).read_text())["cells"]) <= 15, t

@@ -11,7 +11,7 @@ from tocoad.data.archives import SUMS, parts
 from tocoad.data.mini import write_mini
 from tocoad.data.verify import verify
 from tocoad.fixtures import write_layout
-from tocoad.published import BadInput
+from tocoad.data.errors import BadInput
 
 
 @pytest.fixture(scope="session")

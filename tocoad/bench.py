@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
-from .published import BadInput
-from .records import PACKAGE, hardware, versions, write_json
-from .report import GREY, HUES, INK, save
-from .reproduce import run_notebook
+from .data.errors import BadInput
+from .run.keys import PACKAGE, hardware, versions
+from .run.store import write_json
+from .paper.drawing import GREY, HUES, INK, save
+from .paper.regenerate import run_notebook
 
 # %% ../nbs/18_bench.ipynb #c7f3166d
 def _settle():
@@ -322,15 +323,15 @@ def plot(
 # %% ../nbs/18_bench.ipynb #0d4dbcf2
 def _loop(stage, c, images, device): # -> function of (epochs, seed)
     "A stage's training loop with its networks"
-    from tocoad import experiment
+    from tocoad.run import stages
     from tocoad.method.finetune import finetune
     from tocoad.method.pretrain import pretrain
-    (F, D), G = experiment.make_networks(c, device), experiment.make_generator(c, device=device)
+    (F, D), G = stages.make_networks(c, device), stages.make_generator(c, device=device)
     shared = dict(batch=c.batch, size=c.size, progress=False)
     if stage == "stage1":
-        loss = experiment._loss(c.loss1, c, {})
+        loss = stages._loss(c.loss1, c, {})
         return lambda epochs, seed: pretrain(F, D, G, images, epochs, lr=c.lr1, loss=loss, bn=c.bn1, seed=seed, **shared)
-    C, loss = experiment.make_contrast(c, F), experiment._loss(c.loss, c, {})
+    C, loss = stages.make_contrast(c, F), stages._loss(c.loss, c, {})
     shared |= dict(lr=c.lr2, lr_head=c.lr_head, lam=c.lam, loss=loss, bn=c.bn2, freeze=c.freeze, view_of=c.view_of, train_d=c.train_d)
     return lambda epochs, seed: finetune(F, C, images, D, G, epochs, seed=seed, **shared)
 
@@ -342,7 +343,7 @@ def _train(
     import torch
     from tocoad.data.load import load
     from tocoad.method.features import arithmetic
-    from tocoad.records import resolved
+    from tocoad.run.config import resolved
     if device == "cpu": torch.set_num_threads(threads)
     c = resolved(cfg)
     images = load(category=c.category, size=c.resize).train.images

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import platformdirs
 
-from .published import BadInput
+from .data.errors import BadInput
 
 # %% ../nbs/files.ipynb #8d48fdfb
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from .data.mini import MINI, draw, mini_defects
-from .published import BadInput, one_of
+from .data.errors import BadInput, one_of
 
 # %% ../nbs/15_fixtures.ipynb #cc07d1e7
 class File(NamedTuple):

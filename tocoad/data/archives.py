@@ -26,7 +26,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..files import whole
-from ..published import BadInput, counts, label, one_of, printable
+from .errors import BadInput, one_of, printable
+from ..paper.published import counts, label
 
 # %% ../../nbs/data/4_archives.ipynb #1c2ef7d3
 class Known(NamedTuple):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files import cache_dir, source_hash, state_of, whole
-from ..published import BadInput
+from .errors import BadInput
 
 # %% ../../nbs/data/1_images.ipynb #fc09e56e
 def upright(im: Image.Image) -> Image.Image: # as it is stored; as it was seen

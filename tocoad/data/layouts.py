@@ -24,7 +24,8 @@ from typing import NamedTuple
 from .images import SUFFIXES, binary, open_image, why
 from .mini import MINI
 from ..files import cache_dir, state_of, whole
-from ..published import CATEGORIES, BadInput, label, one_of
+from ..paper.published import CATEGORIES, label
+from .errors import BadInput, one_of
 
 # %% ../../nbs/data/2_layouts.ipynb #b3551b28
 class Item(NamedTuple):

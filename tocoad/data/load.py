@@ -20,7 +20,8 @@ from .images import DECODERS, Category, Split, fingerprint, from_cache, read_ima
 from .layouts import LAYOUTS, Found, check_open, recognise, title
 from .mini import MINI, mini_root
 from ..files import cache_dir, source_hash, state_of
-from ..published import BadInput, counts, printable
+from .errors import BadInput, printable
+from ..paper.published import counts
 
 # %% ../../nbs/data/load.ipynb #695c3b40
 def _decode(items, size, shorter=False, cast=False):

@@ -18,7 +18,7 @@ from scipy.ndimage import binary_closing
 
 from .images import photo
 from ..files import cache_dir, source_hash, whole
-from ..published import BadInput, one_of
+from .errors import BadInput, one_of
 
 # %% ../../nbs/data/3_mini.ipynb #cf85e2d8
 def _field(size):

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from .archives import SUMS, parts, write_sums
 from .images import SUFFIXES, binary, open_image, upright
 from .layouts import DATASETS, LAYOUTS, Item, image_files, recognise, title
-from ..published import BadInput, counts, label, one_of, printable
+from .errors import BadInput, one_of, printable
+from ..paper.published import counts, label
 
 # %% ../../nbs/data/5_verify.ipynb #b3571436
 _SIDE = dict(tile=840, bottle=900, capsule=1000, metal_nut=700, pill=800) # MVTec AD's other categories: 1024

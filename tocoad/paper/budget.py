@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import pandas as pd
-from .. import published
-from ..published import CATEGORIES, BadInput
-from ..records import Config, Store, chain, default_store, resolved
-from .. import reproduce as r
+from . import published
+from .published import CATEGORIES
+from ..data.errors import BadInput
+from ..run.config import Config, resolved
+from ..run.store import Store, default_store
+from ..run.keys import chain
+from . import plan, report, rows as rows_room, sheets
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
 def seconds(
@@ -54,8 +57,8 @@ def main(
         return x.changes["method"] == "two_stage" and x.changes["generator"] == "perlin"
     first = [x for x in every if put_forward(x)]
     alone = [x for x in every if x.changes["method"] == "contrastive"] if target in ("table5", "panel") else []
-    with_controls = [c for x in (*first, *alone) for c in (x, r.control(x)) if c in every]
-    return tuple(dict.fromkeys([r.FROZEN, *with_controls]))
+    with_controls = [c for x in (*first, *alone) for c in (x, rows_room.control(x)) if c in every]
+    return tuple(dict.fromkeys([rows_room.FROZEN, *with_controls]))
 
 @dataclass(frozen=True)
 class Run:
@@ -73,7 +76,7 @@ def schedule(
 ) -> list: # of `Run`, each configuration once
     "All runs that some targets need, in the order in which they are made"
     out = {}
-    for (d, c), ts in r.groups(targets, o).items():
+    for (d, c), ts in plan.groups(targets, o).items():
         for t in ts:
             first = main(t, o)
             for rank, row in enumerate(dict.fromkeys([*first, *o.rows(t)])):
@@ -82,7 +85,7 @@ def schedule(
                     cfg = resolved(o.config(d, c, s, row))
                     run = Run(k + SEEDS*late, d, c, row.name, cfg, rank)
                     if cfg not in out or run.tier < out[cfg].tier: out[cfg] = run
-    place = {(d, c): (i, k) for i, d in enumerate(dict.fromkeys(d for d, _ in r.groups(targets, o))) for k, c in enumerate(decisive(d))}
+    place = {(d, c): (i, k) for i, d in enumerate(dict.fromkeys(d for d, _ in plan.groups(targets, o))) for k, c in enumerate(decisive(d))}
     return sorted(out.values(), key=lambda x: (x.tier, place.get((x.dataset, x.category), (0, 0)), x.rank))
 
 # %% ../../nbs/paper/budget.ipynb #2298c039
@@ -110,8 +113,8 @@ def disk(
 # %% ../../nbs/paper/budget.ipynb #bd2f5002
 def _known(run, targets, o, store):
     "What the store noted about a category's images; None before its first run"
-    folder = next(p[run.dataset, run.category] for t in targets if (run.dataset, run.category) in (p := r.places(t, o)))
-    note = store and r._note(store, folder, run.cfg)
+    folder = next(p[run.dataset, run.category] for t in targets if (run.dataset, run.category) in (p := plan.places(t, o)))
+    note = store and sheets._note(store, folder, run.cfg)
     return (json.loads(note.read_text()) if note and note.exists() else None), folder
 
 def _left(ts, store, seen):
@@ -147,17 +150,17 @@ def outlook(
     turns, seen, out, total = in_turn(targets, many), set(), [], 0.
     o = turns[0][1]
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
-    rates, kind = (r.rates_in(store) if store else {}) | rates, r._kind(o.device)
+    rates, kind = (plan.rates_in(store) if store else {}) | rates, plan._kind(o.device)
     for run, o in turns:
         known, folder = _known(run, targets, o, store)
         if known:
-            from tocoad import experiment
-            weights = experiment.weights_id(run.cfg.backbone, run.cfg.weights)
-            ts = chain(run.cfg, known["fingerprint"], weights, experiment.describe(run.cfg), kind)
+            from tocoad.run import compare
+            weights = compare.weights_id(run.cfg.backbone, run.cfg.weights)
+            ts = chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind)
         else: ts = chain(run.cfg, f"{run.dataset}/{run.category}", run.cfg.backbone, device=kind)
-        n = known["images"] if known else r.images_in(run.dataset, run.category, folder)
+        n = known["images"] if known else plan.images_in(run.dataset, run.category, folder)
         left = _left(ts, store if known else None, seen)
-        hours = r.estimate(left, n, rates, kind)/3600
+        hours = plan.estimate(left, n, rates, kind)/3600
         total += hours
         size = {goes: sum(disk(t.stage, t.cfg, n) for t in left if (t.stage in PASSING) == goes) for goes in (False, True)}
         out.append(dict(profile=o.profile, tier=run.tier, dataset=run.dataset, category=run.category, row=run.row, seed=run.cfg.seed, hours=hours,
@@ -195,13 +198,13 @@ def spend(
     workers=None, keep:str="all", log=lambda line: None, # see `reproduce.compute`
 ) -> tuple: # numbers of runs: there, left, failed
     "Runs in their order while the budget lasts"
-    from tocoad import experiment
+    from tocoad.run import compare
     turns = in_turn(targets, many)
     o = turns[0][1]
-    r.check(targets, o)
+    plan.check(targets, o)
     check(targets)
-    store, device = Store(o.store), experiment.find_device(o.device) if workers is None else o.device
-    end, kind = time.monotonic() + budget, r._kind(o.device) if workers else device.type
+    store, device = Store(o.store), compare.find_device(o.device) if workers is None else o.device
+    end, kind = time.monotonic() + budget, plan._kind(o.device) if workers else device.type
     go = partial(_one, targets, store, device, kind, end, workers, keep, log)
     slots = sum(workers.nthreads().values()) if workers else 1
     if slots == 1: became = list(map(go, turns))
@@ -211,26 +214,26 @@ def spend(
 
 def _one(targets, store, device, kind, end, workers, keep, log, turn):
     "One run: there, left or failed"
-    from tocoad import experiment
+    from tocoad.run import cluster, compare
     run, o = turn
     name = f"{o.profile}, {run.dataset}/{run.category}: {run.row}, seed {run.cfg.seed}"
     try:
-        data, at = r._read(targets, o, run.dataset, run.category, store)
-        ts = experiment.tasks(run.cfg, data, device=kind)
+        data, at = sheets._read(targets, o, run.dataset, run.category, store)
+        ts = compare.tasks(run.cfg, data, device=kind)
     except BadInput as e:
         log(f"{name}: failed: {e}")
         return "failed"
     left = _left(ts, store, set())
     if not left: return "there"
-    need = r.estimate(left, len(data.train), r.rates_in(store), kind)
+    need = plan.estimate(left, len(data.train), plan.rates_in(store), kind)
     if time.monotonic() + need > end:
         log(f"{name}: left, it would take about {need/3600:.2f} hours")
         return "left"
     start, last = time.perf_counter(), [ts[s] for s in ("curve", "metrics") if s in ts]
     if workers is not None:
-        failed = r._spread(last, at, store, o.device, workers, lambda t, made, new: None)
+        failed = sheets._spread(last, at, store, o.device, workers, lambda t, made, new: None)
         found = {t: failed.get(t.key) or store.record(t) for t in last}
-    else: found = experiment.carry_out_all(last, data, store, device)
+    else: found = cluster.carry_out_all(last, data, store, device)
     bad = next((why for why in found.values() if isinstance(why, str) or why is None), False)
     log(f"{name}: {f'failed: {bad}' if bad is not False else f'{time.perf_counter() - start:.0f} s'}")
     if bad is False and keep == "scores":

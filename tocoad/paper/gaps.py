@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 import pandas as pd
-from ..published import one_of
+from ..data.errors import one_of
 
 # %% ../../nbs/paper/gaps.ipynb #70962401
 SECTIONS = {"A. Likely to decide the outcome": range(1, 13),

@@ -7,8 +7,10 @@ __all__ = ['METRICS', 'places', 'sets', 'controls', 'differences', 'table', 'for
 
 # %% ../../nbs/paper/panel.ipynb #86b95a9a
 import pandas as pd
-from ..metrics import mean_interval
-from ..report import NAMES, Results, _interval, _side_by_side, forest as draw, gain, training, value
+from ..measure.intervals import mean_interval
+from ..run.report import NAMES
+from .report import Results, _interval, _side_by_side, gain, training, value
+from .drawing import forest as draw
 
 # %% ../../nbs/paper/panel.ipynb #8121ef2e
 METRICS = ("image_auroc", "pixel_auroc", "aupro")

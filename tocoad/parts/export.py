@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from ..experiment import find_device
+from ..run.compare import find_device
 from ..method.features import Features
 from ..method.memory import Memory, patch_features
 from ..method.pretrain import seeded
 from .fit import Detector
-from ..published import BadInput
-from ..records import Config
+from ..data.errors import BadInput
+from ..run.config import Config
 
 # %% ../../nbs/parts/3_export.ipynb #5d7bb0c3
 @contextmanager

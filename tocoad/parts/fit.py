@@ -24,14 +24,16 @@ from scipy.stats import beta
 from tqdm.auto import tqdm
 
 from ..data.images import SUFFIXES, fingerprint, read_image
-from ..experiment import embed, embed_batch, find_device, train
+from ..run.stages import embed, embed_batch, train
+from ..run.compare import find_device
 from ..method.coreset import coreset
 from ..method.features import Features
 from ..method.halving import halving
 from ..method.memory import SCORERS, Memory, anomaly_maps
 from ..method.pretrain import stream
-from ..published import BadInput, one_of, printable
-from ..records import Config, code_hash, hardware, versions
+from ..data.errors import BadInput, one_of, printable
+from ..run.config import Config
+from ..run.keys import code_hash, hardware, versions
 
 # %% ../../nbs/parts/1_fit.ipynb #c271d52f
 def find_images(

@@ -29,8 +29,9 @@ from tqdm.auto import tqdm
 from ..data.images import SUFFIXES, open_image, read_image, rgb
 from ..method.halving import halving
 from .fit import Detector, _folder, _many, decoded, find_images
-from ..published import BadInput, printable
-from ..records import code_hash, hardware, versions, write_json
+from ..data.errors import BadInput, printable
+from ..run.keys import code_hash, hardware, versions
+from ..run.store import write_json
 
 # %% ../../nbs/parts/2_score.ipynb #9127c33b
 def scored(

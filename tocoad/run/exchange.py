@@ -10,8 +10,9 @@ __all__ = ['FORMAT', 'KEPT', 'LICENCE', 'image_scores', 'key_of', 'sheets', 'exp
 import base64, hashlib, json, math
 from pathlib import Path
 import numpy as np
-from ..published import BadInput
-from ..records import Store, versions
+from ..data.errors import BadInput
+from .store import Store
+from .keys import versions
 
 # %% ../../nbs/run/exchange.ipynb #5810504d
 FORMAT = 1

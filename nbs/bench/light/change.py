@@ -5,7 +5,8 @@
 import argparse
 from pathlib import Path
 
-from tocoad import bench, records
+from tocoad import bench
+from tocoad.run import config, keys, store
 
 
 def main():
@@ -20,21 +21,21 @@ def main():
     p.add_argument("--images", type=int, default=512)
     p.add_argument("--epochs", type=int, default=3)
     a = p.parse_args()
-    c = records.config(a.profile, dataset="mini", category="washer", weights="random", textures="embedded")
+    c = config.config(a.profile, dataset="mini", category="washer", weights="random", textures="embedded")
     found = []
     for stage in a.stage:
         for copies in a.copies:
             rate = {}
             for when in ("before", "after"):
                 settings = getattr(a, when)
-                cfg = c.replace(**records.settings(settings))
+                cfg = c.replace(**config.settings(settings))
                 rate[when], losses = bench.training_rate(stage, cfg, a.device, copies, a.images, a.epochs)
                 found.append(dict(stage=stage, copies=copies, when=when, settings=settings, images_s=rate[when],
                                   losses=losses[0]))
                 print(f"{stage}, {copies} at once, {when} {' '.join(settings) or '-'}: {rate[when]:,.1f} images/s, "
                       f"losses {' '.join(f'{x:.5f}' for x in losses[0])}", flush=True)
-                hardware = records.hardware(_name(a.device))
-                records.write_json(dict(hardware=hardware, results=found), a.out/"change.json")
+                hardware = keys.hardware(_name(a.device))
+                store.write_json(dict(hardware=hardware, results=found), a.out/"change.json")
             print(f"{stage}, {copies} at once: {rate['after']/rate['before']:.2f} times as fast", flush=True)
 
 

@@ -23,12 +23,13 @@ MOST = 12e6                                                                   # 
 
 def jobs(images, seeds, profiles, settings):
     "(profile, category, seed, row), the most wanted first: a long one goes early or, beyond its first seed, last"
-    from tocoad import records, reproduce
+    from tocoad.paper import rows as rows_room
+    from tocoad.run import config, store as store_room
     out = []
     for profile in profiles:
-        bn2 = records.settings(settings).get("bn2", records.config(profile).bn2)
-        rows = {repr(r.changes): r for t in ("table5", "table7") for r in reproduce.rows(t, bn2)
-                if r is reproduce.FROZEN or r.changes["method"] != "frozen"}
+        bn2 = config.settings(settings).get("bn2", config.config(profile).bn2)
+        rows = {repr(r.changes): r for t in ("table5", "table7") for r in rows_room.rows(t, bn2)
+                if r is rows_room.FROZEN or r.changes["method"] != "frozen"}
         for i, row in enumerate(rows.values()):
             later = row.changes["method"].endswith("control") or row.changes.get("generator", "perlin") != "perlin"
             for category, n in images.items():
@@ -46,14 +47,14 @@ def data_of(folder, category, size):
 
 def carry_out(job, a):
     "The metrics of one run, and the files of its store that are worth keeping"
-    from tocoad import experiment, records
+    from tocoad.run import compare, config, store as store_room
     profile, category, seed, row = job
-    settings = records.settings([f"textures={a.data/'textures'}", *a.set])
+    settings = config.settings([f"textures={a.data/'textures'}", *a.set])
     size = settings.get("resize", 256)
-    data, store = data_of(a.data/category, category, size), records.Store(a.store)
-    cfg = records.config(profile, dataset=data.dataset, category=category, seed=seed, **row.changes)
-    tasks = experiment.tasks(cfg.replace(**settings), data, device=a.device)
-    metrics = experiment.carry_out(tasks["metrics"], data, store, device=a.device)
+    data, store = data_of(a.data/category, category, size), store_room.Store(a.store)
+    cfg = config.config(profile, dataset=data.dataset, category=category, seed=seed, **row.changes)
+    tasks = compare.tasks(cfg.replace(**settings), data, device=a.device)
+    metrics = compare.carry_out(tasks["metrics"], data, store, device=a.device)
     files = [store.root/"store.json", *map(store.path, tasks.values()), store.path(tasks["scores"], ".safetensors")]
     return metrics["values"], [str(f.relative_to(store.root)) for f in files if f.exists()]
 
