@@ -137,12 +137,13 @@ def test_cluster_with_a_worker_killed_gives_the_same(tmp_path, monkeypatch):
 
 WALK = """
 import json, sys, tocoad
-from tocoad.data import load
-from tocoad.method import perlin
-from tocoad.run import compare, config, keys, stages
+from tocoad.data.load import load
+from tocoad.run.compare import compare
+from tocoad.run.config import config, settings
+from tocoad.run.store import Store
 assert tocoad.__file__.startswith(sys.argv[1])
-cfg = config.config("smoke", **config.settings(sys.argv[3:]))
-r = compare.compare(cfg, data=load.load(None, "mini", "washer", size=64), progress=False, store=stores.Store(sys.argv[2]))
+cfg = config("smoke", **settings(sys.argv[3:]))
+r = compare(cfg, data=load(None, "mini", "washer", size=64), progress=False, store=Store(sys.argv[2]))
 print(json.dumps(dict(computed=r.stages[r.stages.computed][["method", "stage"]].values.tolist(), rows=r.rows.to_dict("records"))))
 """
 
