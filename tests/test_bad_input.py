@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tocoad import cli, fixtures
+from tocoad import cli
 from tocoad.run import compare
-from tocoad.data import archives, verify
+from tocoad.data import archives, trees as layouts, verify
 from tocoad.data.load import load
 from tocoad.parts import score as scoring
 from tocoad.parts.export import load as load_model
@@ -114,7 +114,7 @@ class Place:
 def trees(tmp_path_factory):
     "A little of every layout"
     top = tmp_path_factory.mktemp("trees")
-    return {l: fixtures.write_layout(top/l, l, [c], size=32, n=(6, 2, 1)) for l, c in ONE.items()}
+    return {l: layouts.write_layout(top/l, l, [c], size=32, n=(6, 2, 1)) for l, c in ONE.items()}
 
 
 @pytest.fixture(scope="module")
@@ -679,7 +679,7 @@ def test_list(place, row):
     ("below a loop of links", link("x", "x"), ["in/x"], "mvtec {in}/x/y"),
     ("of nobody", nothing, ["~nobody_of_this_name"], "mvtec ~nobody_of_this_name/x"))
 def test_write(place, monkeypatch, row):
-    monkeypatch.setattr(fixtures, "draw", lambda c, k, defect, size, seed: (np.zeros((size, size, 3), np.uint8), np.eye(size, dtype=bool))) # quicker
+    monkeypatch.setattr(layouts, "draw", lambda c, k, defect, size, seed: (np.zeros((size, size, 3), np.uint8), np.eye(size, dtype=bool))) # quicker
     row[1](place.root)
     place.call(f"data write {row[3]}", 1, row[2])
 
@@ -1195,7 +1195,7 @@ def stop_after(n, f):
     return g
 
 
-STOPS = [("write", "data write visa {out}/x", fixtures, "_write", 5), ("unpack", GET, archives, "write_sums", 0), ("verify", MANIFEST, verify, "write_sums", 0),
+STOPS = [("write", "data write visa {out}/x", layouts, "_write", 5), ("unpack", GET, archives, "write_sums", 0), ("verify", MANIFEST, verify, "write_sums", 0),
          ("fit", FIT, os, "replace", 0), ("score", SCORE, scoring, "overlay", 3), ("score at the end", SCORE, scoring, "write_json", 0)]
 
 

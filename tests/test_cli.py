@@ -9,7 +9,7 @@ from PIL import Image
 from tocoad.cli import main
 from tocoad.data.layouts import recognise
 from tocoad.data.mini import write_mini
-from tocoad.fixtures import write_layout
+from tocoad.data.trees import write_layout
 
 QUICK = ["--quiet", "--set", "epochs1=1", "epochs2=1", "width=32", "resize=64", "size=64"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tocoad.data.load import load
-from tocoad.fixtures import write_layout
+from tocoad.data.trees import write_layout
 
 LIGHT = Path(__file__).parents[1]/"nbs"/"bench"/"light"
 

@@ -5,7 +5,7 @@ import pytest
 
 from tocoad.paper import plan, rows, sheets
 from tocoad.cli import main
-from tocoad.fixtures import write_layout
+from tocoad.data.trees import write_layout
 from tocoad.paper import panel
 from tocoad.run.store import Store
 from tocoad.paper.report import Results

@@ -13,7 +13,7 @@ from tocoad.run import compare, config, keys, stages
 from tocoad.cli import main
 from tocoad.data.images import textures
 from tocoad.data.mini import write_mini
-from tocoad.fixtures import write_layout
+from tocoad.data.trees import write_layout
 from tocoad.run.keys import STAGES, fingerprint, sources
 from tocoad.run.store import Store
 from tocoad.paper.report import Results

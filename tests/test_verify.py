@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tocoad.data.archives import SUMS, parts
+from tocoad.data.archives import parts
 from tocoad.data.mini import write_mini
 from tocoad.data.verify import verify
-from tocoad.fixtures import write_layout
+from tocoad.data.trees import write_layout
 from tocoad.data.errors import BadInput
 
 

@@ -300,7 +300,7 @@ def data(
 ) -> int: # exit status
     "List, get, verify or write data sets"
     if a.action == "write":
-        from tocoad.fixtures import write_layout
+        from tocoad.data.trees import write_layout
         print(f"Written: {write_layout(a.folder, a.layout, size=256, n=(32, 8, 4), traps=a.traps)}"); return 0
     from tocoad.data import archives
     if a.action == "list":
@@ -374,8 +374,8 @@ def bench(
         from tocoad.run.compare import find_device
         device = str(find_device(a.device))
     _writable(a.out)
-    every, failed = b.measure(names, a.out, device, a.root, a.quick, _log(a.out/"bench.log", a.quiet))
-    if every: print(f"{b.text(every)}\nWritten: {a.out/'bench'/'bench.json'}, bench.png")
+    words, failed = b.measure(names, a.out, device, a.root, a.quick, _log(a.out/"bench.log", a.quiet))
+    if words: print(f"{words}\nWritten: {a.out/'bench'/'bench.json'}, bench.png")
     for n, why in failed.items(): print(f"tocoad: {n}: {why}", file=sys.stderr)
     return int(bool(failed))
 

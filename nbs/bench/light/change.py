@@ -3,10 +3,13 @@
     python change.py OUT --stage stage2 --before precision=tf32 --after precision=tf32 compile=true --copies 1 4
 """
 import argparse
+import sys
 from pathlib import Path
 
-from tocoad import bench
 from tocoad.run import config, keys, store
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import measuring  # noqa: E402
 
 
 def main():
@@ -29,7 +32,7 @@ def main():
             for when in ("before", "after"):
                 settings = getattr(a, when)
                 cfg = c.replace(**config.settings(settings))
-                rate[when], losses = bench.training_rate(stage, cfg, a.device, copies, a.images, a.epochs)
+                rate[when], losses = measuring.training_rate(stage, cfg, a.device, copies, a.images, a.epochs)
                 found.append(dict(stage=stage, copies=copies, when=when, settings=settings, images_s=rate[when],
                                   losses=losses[0]))
                 print(f"{stage}, {copies} at once, {when} {' '.join(settings) or '-'}: {rate[when]:,.1f} images/s, "
