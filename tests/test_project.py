@@ -121,3 +121,11 @@ def _timed(words):
     start = time.perf_counter()
     subprocess.run([str(Path(sys.executable).parent/"tocoad"), *words], check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("nb", ALL, ids=name)
+def test_links_lead_somewhere(nb):
+    base = ROOT if nb == ROOT/"nbs"/"index.ipynb" else nb.parent # README.md, made of the index, lies one folder higher
+    text = "\n".join("".join(c["source"]) for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    links = re.findall(r"\]\((?![a-z]+:)([^)#\s]+)(?:#[^)]*)?\)", text)
+    assert not [x for x in links if not (base/x).exists()]

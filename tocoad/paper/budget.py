@@ -48,8 +48,8 @@ SEEDS = 3 # of the rows that decide, before the others begin
 
 def main(
     target:str, # a table, or the panel
-    o, # `reproduce.Options`
-) -> tuple: # of `reproduce.Row`
+    o, # `plan.Options`
+) -> tuple: # of `rows.Row`
     "The rows of a target that decide: frozen F, the row put forward, C alone, their controls"
     every = o.rows(target)
     def put_forward(x):
@@ -72,7 +72,7 @@ class Run:
 
 def schedule(
     targets, # tables, or the panel
-    o, # `reproduce.Options`
+    o, # `plan.Options`
 ) -> list: # of `Run`, each configuration once
     "All runs that some targets need, in the order in which they are made"
     out = {}
@@ -134,7 +134,7 @@ PASSING = ("stage2", "contrastive", "memory") # stages whose tensors go after th
 
 def in_turn(
     targets, # tables, or the panel
-    many, # `reproduce.Options`, or several: profiles that stand side by side
+    many, # `plan.Options`, or several: profiles that stand side by side
 ) -> list: # pairs (`Run`, its options)
     "The runs of all profiles, tier by tier"
     many = many if isinstance(many, (list, tuple)) else [many]
@@ -142,9 +142,9 @@ def in_turn(
 
 def outlook(
     targets, # tables, or the panel
-    many, # `reproduce.Options`, or several
+    many, # `plan.Options`, or several
     budget:float|None=None, # seconds
-    rates:dict={}, # from `reproduce.rates_from`; they go before those of the store
+    rates:dict={}, # from `plan.rates_from`; they go before those of the store
 ) -> pd.DataFrame: # a row a run in its turn: profile, tier, dataset, category, row, seed, hours, total, kept, passing and gpu in GB, within
     "What each run in its turn would take; stored runs take nothing"
     turns, seen, out, total = in_turn(targets, many), set(), [], 0.
@@ -185,7 +185,7 @@ def in_words(
 
 # %% ../../nbs/paper/budget.ipynb #ddb2032a
 def check(
-    targets, # of `reproduce.TARGETS`
+    targets, # of `rows.TARGETS`
 ):
     "BadInput for what is no table"
     if (odd := next((t for t in targets if not t.startswith("table") and t != "panel"), None)):
@@ -193,9 +193,9 @@ def check(
 
 def spend(
     targets, # tables, or the panel
-    many, # `reproduce.Options`, or several: profiles that stand side by side
+    many, # `plan.Options`, or several: profiles that stand side by side
     budget:float, # seconds
-    workers=None, keep:str="all", log=lambda line: None, # see `reproduce.compute`
+    workers=None, keep:str="all", log=lambda line: None, # see `sheets.compute`
 ) -> tuple: # numbers of runs: there, left, failed
     "Runs in their order while the budget lasts"
     from tocoad.run import compare

@@ -25,9 +25,9 @@ STANDS_IN = "mini (stand-in)"
 @dataclass
 class Results:
     "What a reproduction says about one table or figure"
-    sheet: dict # as made by `reproduce.sheet`
+    sheet: dict # as made by `sheets.sheet`
     store: object = None # where the arrays of figures lie
-    plan: tuple = () # of `reproduce.Row`
+    plan: tuple = () # of `rows.Row`
     beside: list = field(default_factory=list) # the same target with other profiles
 
     def __post_init__(self):

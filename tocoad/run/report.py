@@ -23,7 +23,7 @@ def _changed(record):
     return [f"{k}={v}" for k, v in record.get("config", {}).items() if k in own and k not in skip and plain(v) != plain(own[k])]
 
 def title(
-    record:dict, # as made by `experiment.record`
+    record:dict, # as made by `compare.record`
 ) -> str:
     "One line: what, with which profile, seeds and machine"
     mark = " (smoke: shows that it runs, is no result)" if record["profile"] == "smoke" else ""
@@ -39,7 +39,7 @@ def _cell(v, signed=False):
     return f"{v['mean']:.2f}" + ("" if v["std"] is None else f" ± {v['std']:.2f}")
 
 def table(
-    record:dict, # as made by `experiment.record`
+    record:dict, # as made by `compare.record`
 ) -> pd.DataFrame: # a row per method: metrics as mean ± deviation over seeds, and differences to frozen, all in per cent
     "Methods side by side, with the paired difference to frozen and its 95 % interval"
     rows = {}
@@ -52,7 +52,7 @@ def table(
 
 # %% ../../nbs/run/7_report.ipynb #20313c57
 def text(
-    record:dict, # as made by `experiment.record`
+    record:dict, # as made by `compare.record`
     markdown:bool=False, # a Markdown table instead of aligned columns
 ) -> str:
     "Title, table, and what the columns mean"
@@ -66,7 +66,7 @@ def text(
 
 # %% ../../nbs/run/7_report.ipynb #1c389966
 def curves(
-    record:dict, # as made by `experiment.record`, with its `training`
+    record:dict, # as made by `compare.record`, with its `training`
 ): # matplotlib figure
     "Losses, gradient lengths and collapse indicator of each stage over epochs"
     from matplotlib.figure import Figure
