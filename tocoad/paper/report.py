@@ -22,6 +22,10 @@ from .training import summary
 AVERAGES = {"mini": dict(texture_avg=("brick", "grass", "gravel"), object_avg=("washer", "plug"))}
 STANDS_IN = "mini (stand-in)"
 
+def _outward(setting): # textures=/where/it/lies/dtd -> textures=dtd
+    key, _, value = setting.partition("=")
+    return f"{key}={Path(value).name}" if "/" in value or "\\" in value else setting
+
 @dataclass
 class Results:
     "What a reproduction says about one table or figure"
@@ -44,7 +48,7 @@ class Results:
         sets = {d: [c for e, c in there if e == d] for d in dict.fromkeys(d for d, _ in there)}
         what = "; ".join(f"{label(d)}: {len(cs)} categories" if len(cs) > 3 else f"{label(d)}: {', '.join(cs)}" for d, cs in sets.items()) or "nothing there"
         machine = " and ".join(dict.fromkeys(h["device"] if h["device"] != "cpu" else f"{h['cpu']}, {h['cores']} cores" for h in s["hardware"]))
-        also = f", with {' '.join(s['settings'])}" if s["settings"] else ""
+        also = f", with {' '.join(map(_outward, s['settings']))}" if s["settings"] else ""
         profiles = " and ".join([s["profile"], *(b.sheet["profile"] for b in self.beside)])
         part = f"; so far {len(s['runs'])} of {len(s['runs']) + left} runs" if (left := s.get("left")) else ""
         return f"{what}{part}; profile {profiles}{mark}{also}; seed{'s' if n > 1 else ''} {', '.join(map(str, s['seeds']))}; {machine or 'no machine'}"
