@@ -337,7 +337,7 @@ def test_a_python_without_the_filter(mini, tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a page"])
 def test_a_damaged_archive(mini, suffix, how, tmp_path):
-    if (how, suffix) in {("cut", ".tar"), ("flipped", ".tar"), ("flipped", ".tar.gz")}:
+    if (how, suffix) in {("cut", ".tar"), ("flipped", ".tar")}:
         pytest.skip("tarfile need not notice; the hash tells before it is unpacked")
     a = packed(mini, tmp_path/f"a{suffix}")
     b = bytearray(a.read_bytes())

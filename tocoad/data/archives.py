@@ -8,6 +8,7 @@ __all__ = ['KNOWN', 'ONE', 'SUMS', 'Known', 'parts', 'data_dir', 'lies', 'list_s
 
 # %% ../../nbs/data/4_archives.ipynb #c0ad0e3d
 import csv
+import gzip
 import lzma
 import os
 import shutil
@@ -164,6 +165,8 @@ def _extract(archive, folder, progress):
     try:
         with tarfile.open(archive) as t:
             t.extractall(folder, bar(t), filter="data")
+            while t.fileobj.read(2**20): # to the end, where a compressed stream has its check
+                pass
     except tarfile.FilterError as e:
         _refuse(e.tarinfo.name)
 
@@ -192,7 +195,7 @@ def _renamed(top, folder, want, archive):
     os.replace(root, folder)
 
 # %% ../../nbs/data/4_archives.ipynb #3f7d6c31
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 def unpack(
     archive: Path|str, # zip, tar, tar.gz, tar.xz
