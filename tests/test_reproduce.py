@@ -177,7 +177,7 @@ def test_a_students_walk(tmp_path):
     computed, again = walk()
     assert not computed and again == first
 
-    edit("method/1_perlin.ipynb", "code", "return blend(I, A, M, uniform(", "return blend(I, A, M, .5*uniform(")
+    edit("method/1_perlin.ipynb", "code", "for x in (A, M, beta))), M", "for x in (A, M, .5*beta))), M")
     computed, changed = walk()
     assert computed == {("two_stage", s) for s in ("stage1", "stage2", "memory", "scores", "metrics")}
     assert changed["two_stage"] != first["two_stage"] and changed["frozen"] == first["frozen"] and changed["contrastive"] == first["contrastive"]
