@@ -200,6 +200,7 @@ def settle_reproduce(
     every = [plan.options(p, a.root, a.seeds, a.categories, a.set, a.store, a.device, a.folders) for p in profiles]
     targets, extra, o = regenerate.expand(a.targets), {}, every[0]
     if a.folders and targets != ["panel"]: raise BadInput(f"--folders: {' '.join(targets)} {'reads' if len(targets) == 1 else 'read'} the paper's data sets from --root; folders of your choice are for `tocoad reproduce panel`.")
+    if a.folders and (a.root or a.categories): raise BadInput(f"--{'root' if a.root else 'categories'}: the panel runs on the folders that --folders names, and on nothing else.")
     if a.budget: _budget(a, targets)
     for one in () if a.dry_run else every: plan.check(regenerate.needed(targets), one)
     for pair in a.param:
@@ -429,9 +430,9 @@ def _hundred(x): return "-" if x is None else f"{100*x:.2f}"
 
 def _prune(store, dry):
     "Drop what no current sheet names, and what broken runs left"
-    sheets = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((store.root/"sheets").glob("*.json"), key=lambda p: p.stat().st_mtime)]
-    newest = {(s["target"], s["profile"], tuple(s["settings"]), tuple(s["seeds"]), s["mini"]): s for s in sheets}
-    needed = {k for s in newest.values() for k in s["keys"]}
+    from tocoad.run.exchange import sheets
+    newest = sheets(store)
+    needed = {k for s in newest for k in s["keys"]}
     gone = [r for r in store.records() if r["key"] not in needed]
     left = [p for p in store.root.glob("*/*") if p.suffix == ".part" or p.suffix == ".safetensors" and not p.with_suffix(".json").exists()]
     size = sum(r["bytes"] for r in gone) + sum(p.stat().st_size for p in left)

@@ -69,7 +69,7 @@ def sheet(
             elif kind == "difference": differences.append(at | dict(row=what[0], base=what[1], metric=what[2], **{k: _percent(r["values"][k]) for k in ("mean", "low", "high")}))
             else: arrays.append(at | dict(kind=kind, stage=end.stage, key=end.key, values=r["values"]))
     missing = {d: find(o.place, d, o.categories)[2] for d in datasets(target)}
-    left = len(o.rows(target))*len(o.seeds)*len(found) - len(runs) - len(failed) if datasets(target) == () or target.startswith("table") else 0
+    left = 0 if target.startswith("figure") else len(o.rows(target))*len(o.seeds)*len(found) - len(runs) - len(failed)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds), mini=o.root is None and target != "panel", missing=missing, sets=sets,
                 left=left, runs=runs, differences=differences,
                 failed=failed, arrays=arrays, hardware=[json.loads(m) for m in machines], versions=list(machines.values()), keys=sorted(keys))
@@ -113,7 +113,7 @@ def compute(
         for (dataset, category), ts in groups(targets, o).items():
             start = time.perf_counter()
             found[dataset, category] = _group(ts, o, dataset, category, store, device, workers, log, bar, quiet, stored)
-            if keep == "scores" and not isinstance(found[dataset, category], str): _slim(found[dataset, category], store)
+            if keep == "scores" and not stored and not isinstance(found[dataset, category], str): _slim(found[dataset, category], store)
             log(f"{dataset}/{category}: done in {time.perf_counter() - start:.1f} s")
     sheets = {}
     for t in targets:

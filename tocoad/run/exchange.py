@@ -11,6 +11,7 @@ import base64, hashlib, json, math
 from pathlib import Path
 import numpy as np
 from ..data.errors import BadInput
+from ..files import whole
 from .store import Store
 from .keys import versions
 
@@ -26,7 +27,7 @@ def _short(x): # floats of a log with six digits
 
 def _outward(r, store):
     "A record as the file keeps it"
-    out = {k: v for k, v in r.items() if k not in ("bytes",)}
+    out = {k: v for k, v in r.items() if k != "bytes"}
     out["config"] = r["config"] | {k: Path(r["config"][k]).name for k in ("textures", "weights") if r["config"].get(k)}
     values = {k: v for k, v in r["values"].items() if k != "pairs"}
     out["values"] = _short(values) if r["stage"] in ("stage1", "stage2", "contrastive", "curve") else values
@@ -61,8 +62,11 @@ def sheets(
 ) -> list: # of dicts, the newest of each kind
     "The store's current tables"
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((store.root/"sheets").glob("*.json"), key=lambda p: p.stat().st_mtime)]
-    newest = {(s["target"], s["profile"], tuple(s["settings"]), tuple(s["seeds"]), s["mini"]): s for s in found}
+    newest = {_line([s[k] for k in ("target", "profile", "settings", "seeds", "mini")] + _places(s)): s for s in found}
     return [s for s in newest.values() if targets is None or s["target"] in targets]
+
+def _places(s): # two panels are one table only if they are on the same sets
+    return [[x["dataset"], x["category"]] for x in s["sets"]] if s["target"] == "panel" else []
 
 def _sets(store, records):
     "What the store noted of the images behind some records: fingerprint -> counts and labels"
@@ -88,10 +92,8 @@ def export(
     about = [{k: s[k] for k in ("target", "profile", "seeds")} | dict(settings=_outward_settings(s)) for s in tables]
     head = dict(what="results of tocoad", format=FORMAT, licence=LICENCE, versions=versions(), tables=about, sets=_sets(store, records),
                 records=len(records), sha256=hashlib.sha256(body.encode()).hexdigest())
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(_line(head) + "\n" + body, encoding="utf-8")
-        part.replace(path)
+        with whole(path) as aside: aside.write_text(_line(head) + "\n" + body, encoding="utf-8")
     except OSError as e: raise BadInput(f"Cannot write {path}: {e.strerror}; give another file.") from None
     return len(records)
 
@@ -122,9 +124,7 @@ def add(
     head, _ = read(path)
     to = store.root/"imported"/f"{Path(path).stem}-{head['sha256'][:8]}.jsonl"
     to.parent.mkdir(parents=True, exist_ok=True)
-    part = to.with_suffix(".part")
-    part.write_bytes(Path(path).read_bytes())
-    part.replace(to)
+    with whole(to) as aside: aside.write_bytes(Path(path).read_bytes())
     return to
 
 def imported(

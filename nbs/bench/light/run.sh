@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
 here=nbs/bench/light
-export OUT=${OUT:-$PWD/out/light} LIGHT=${LIGHT:-$PWD/.light} DEVICE=${DEVICE:-cuda} WORK=${WORK:-/tmp/tocoad-light}
+export OUT=${OUT:-$PWD/out/light} LIGHT=${LIGHT:-$PWD/.light} DEVICE=${DEVICE:-cuda} WORK=${WORK:-$PWD/.light-work}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$WORK/site:$PWD TOCOAD_CACHE=$WORK/cache TOCOAD_STORE=$WORK/store MPLBACKEND=agg
 mkdir -p "$OUT" "$WORK/data"
 start=$(date +%s)
