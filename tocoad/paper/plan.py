@@ -14,17 +14,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from . import published
 from ..data.errors import BadInput, one_of
+from . import published
 from .published import CATEGORIES
 from .report import groups_of
 from .rows import FROZEN, GALLERIES, HALF, TOURS, TWO_STAGE, control, rows
-from ..run.config import ask_for_textures, config, resolved, settings
-from ..run.keys import STAGES, chain, computed_by, task
+from ..run.config import ask_for_textures, config, settings
+from ..run.keys import STAGES, chain, computed_by, scored, task
 from ..run.store import Store
+from ..systems.settings import shared
+from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/plan.ipynb #9a0370b9
-FOLDERS = dict(mvtec_ad=("mvtec_ad", "mvtec", "MVTec_AD", "mvtec_anomaly_detection"), visa=("visa", "VisA", "VisA_20220922"), btad=("btad", "BTAD", "BTech_Dataset_transformed"))
+FOLDERS = dict(mvtec_ad=("mvtec_ad", "mvtec", "MVTec_AD", "mvtec_anomaly_detection"), visa=("visa", "VisA", "VisA_20220922"),
+               btad=("btad", "BTAD", "BTech_Dataset_transformed"))
 MINI = groups_of("mini")["total_avg"]
 PROFILE_OF = {(p, "btad"): dict(epochs2=150) for p in ("literal", "paper")} # gap 45
 
@@ -32,7 +35,8 @@ def datasets(
     target:str, # one of `TARGETS`
 ) -> tuple: # names
     "The data sets that a table or figure is about"
-    if target in ("audit", "verdict", "panel"): return ()
+    if target in ("audit", "verdict", "panel"):
+        return ()
     return {"table2": ("visa",), "table3": ("btad",), "figure6": ("mvtec_ad", "visa")}.get(target, ("mvtec_ad",))
 
 def find(
@@ -43,10 +47,12 @@ def find(
     "Where a data set lies below a root, and which of its categories"
     every = MINI if root is None else CATEGORIES[dataset]
     keep = [c for c in every if wanted is None or c in wanted]
-    if root is None: return None, keep, []
+    if root is None:
+        return None, keep, []
     for folder in [Path(root)/f for f in FOLDERS[dataset]] + [Path(root)]:
         there = [c for c in keep if (folder/c).is_dir()]
-        if there: return folder, there, [c for c in every if c not in there]
+        if there:
+            return folder, there, [c for c in every if c not in there]
     return None, [], list(every)
 
 # %% ../../nbs/paper/plan.ipynb #7e565aa5
@@ -58,50 +64,67 @@ class Options:
     seeds: tuple = (0,)
     categories: tuple|None = None # None: all that are there
     settings: tuple = () # texts key=value, applied to every run
-    store: str|None = None # None: `records.default_store()`
+    store: str|None = None # None: `default_store()`
     device: str|None = None
     folders: tuple = () # of the panel: each a category
 
     def __post_init__(self):
-        config(self.profile, **settings(self.settings))
-        if self.root is not None and not Path(self.root).expanduser().is_dir(): raise BadInput(f"there is no folder {self.root}: give as --root the folder that holds mvtec_ad, visa or btad.")
-        for c in self.categories or (): one_of(c, MINI if self.root is None else sum(CATEGORIES.values(), ()), "a category")
-        for f in map(Path, self.folders):
-            if not f.expanduser().is_dir(): raise BadInput(f"--folders {f}: there is no such folder; name folders of categories, such as data/mvtec_ad/bottle.")
-        names = [(f.parent.name, f.name) for f in self.panel]
-        if (twice := {n for n in names if names.count(n) > 1}): raise BadInput(f"--folders: two are called {'/'.join(twice.pop())}: rename the folder that holds one of them.")
-        if not self.seeds: raise BadInput("--seeds names no seed: give at least one number.")
-        if (own := {s.split("=")[0].strip() for s in self.settings} & {"profile", "dataset", "category", "seed", "method"}):
-            raise BadInput(f"--set {own.pop()}=...: it is fixed by the tables; use --profile, --root, --categories and --seeds.")
+        _checked(self)
 
     def config(self, dataset, category, seed, row):
-        "The `Config` of one cell"
+        "The settings of one cell"
         base = config(self.profile, dataset=dataset, category=category, seed=seed)
-        return base.replace(**PROFILE_OF.get((self.profile, dataset), {}) | row.changes | settings(self.settings))
+        base = base.replace(**PROFILE_OF.get((self.profile, dataset), {}) | row.changes | settings(self.settings))
+        return SYSTEMS[row.system].settings(**shared(base)) if row.system else base
 
     @property
-    def bn2(self): return settings(self.settings).get("bn2", config(self.profile).bn2)
+    def bn2(self):
+        return settings(self.settings).get("bn2", config(self.profile).bn2)
 
     def rows(self, target):
         "The runs that a table needs with these settings"
         return rows(target, self.bn2)
 
     @property
-    def panel(self): return tuple(Path(f).expanduser().resolve() for f in self.folders)
+    def panel(self):
+        return tuple(Path(f).expanduser().resolve() for f in self.folders)
 
     @property
-    def place(self): return None if self.root is None else Path(self.root).expanduser()
+    def place(self):
+        return None if self.root is None else Path(self.root).expanduser()
+
+# %% ../../nbs/paper/plan.ipynb #a63ebbae
+def _checked(o):
+    "BadInput if options do not fit"
+    config(o.profile, **settings(o.settings))
+    if o.root is not None and not o.place.is_dir():
+        raise BadInput(f"there is no folder {o.root}: give as --root the folder that holds mvtec_ad, visa or btad.")
+    for c in o.categories or ():
+        one_of(c, MINI if o.root is None else sum(CATEGORIES.values(), ()), "a category")
+    for f in o.folders:
+        if not Path(f).expanduser().is_dir():
+            raise BadInput(f"--folders {f}: there is no such folder; name folders of categories, such as data/mvtec_ad/bottle.")
+    names = [(f.parent.name, f.name) for f in o.panel]
+    if (twice := {n for n in names if names.count(n) > 1}):
+        raise BadInput(f"--folders: two are called {'/'.join(twice.pop())}: rename the folder that holds one of them.")
+    if not o.seeds:
+        raise BadInput("--seeds names no seed: give at least one number.")
+    if (own := {s.split("=")[0].strip() for s in o.settings} & {"profile", "dataset", "category", "seed", "method"}):
+        raise BadInput(f"--set {own.pop()}=...: it is fixed by the tables; use --profile, --root, --categories and --seeds.")
 
 # %% ../../nbs/paper/plan.ipynb #8c5c3a0c
+def _words(x):
+    "Words of a text, or items of a list"
+    return tuple(x.replace(",", " ").split()) if isinstance(x, str) else tuple(np.atleast_1d(x).tolist())
+
 def options(
     profile:str="smoke", root=None, seeds=(0,), categories=None, settings=(), store=None, device=None, folders=(), # see `Options`
     **_, # other parameters of a notebook
 ) -> Options:
     "`Options` from a notebook's parameters"
-    text = lambda x: None if x is None else str(x)
-    split = lambda x: tuple(x.replace(",", " ").split()) if isinstance(x, str) else tuple(x)
-    return Options(profile, text(root), tuple(int(s) for s in (split(seeds) if isinstance(seeds, str) else np.atleast_1d(seeds))),
-                   None if not categories else split(categories), split(settings), text(store), device, tuple(map(str, folders)))
+    root, store = (None if x is None else str(x) for x in (root, store))
+    categories = _words(categories) if categories else None
+    return Options(profile, root, tuple(map(int, _words(seeds))), categories, _words(settings), store, device, tuple(map(str, folders)))
 
 # %% ../../nbs/paper/plan.ipynb #8e9a46be
 def check(
@@ -109,13 +132,13 @@ def check(
     o:Options,
 ):
     "BadInput if the settings contradict a row, or leave something to be said"
-    if "panel" in targets and not o.folders: raise BadInput("the panel runs on folders of your choice: name them with --folders, each the folder of a category.")
-    for t in targets:
-        for row in o.rows(t):
-            if (key := next((k for k in settings(o.settings) if k in row.fixes), None)):
-                raise BadInput(f"--set {key}=...: {t} has a row {row.name!r}, which fixes {key}: leave it out, or try it with `tocoad run`.")
-            c = o.config(*(datasets(t) or ("mvtec_ad",))[:1], "bottle", 0, row)
-            if c.method in ("two_stage", "control"): ask_for_textures(c)
+    if "panel" in targets and not o.folders:
+        raise BadInput("the panel runs on folders of your choice: name them with --folders, each the folder of a category.")
+    for t, row in ((t, row) for t in targets for row in o.rows(t)):
+        if (key := next((k for k in settings(o.settings) if k in row.fixes), None)):
+            raise BadInput(f"--set {key}=...: {t} has a row {row.name!r}, which fixes {key}: leave it out, or try it with `tocoad run`.")
+        if row.method in ("two_stage", "control"):
+            ask_for_textures(o.config(*(datasets(t) or ("mvtec_ad",))[:1], "bottle", 0, row))
 
 # %% ../../nbs/paper/plan.ipynb #8283e55a
 METRICS, TRAINING = ("image_auroc", "pixel_auroc"), ("curve", "stage2", "contrastive")
@@ -125,11 +148,13 @@ def places(
     o:Options,
 ) -> dict: # (data set, category) -> folder that holds the category's, None for the mini set
     "Where the images of a target lie; a panel's sets are named after the folders that hold them"
-    if target == "panel": return {(f.parent.name, f.name): f.parent for f in o.panel}
+    if target == "panel":
+        return {(f.parent.name, f.name): f.parent for f in o.panel}
     out = {}
     for d in datasets(target):
         folder, there, _ = find(o.place, d, o.categories)
-        if target in TOURS: there = [c for c in ("bottle", "washer", *there) if c in there][:1]
+        if target in TOURS:
+            there = [c for c in ("bottle", "washer", *there) if c in there][:1]
         out |= {("mini" if o.root is None else d, c): folder for c in there}
     return out
 
@@ -139,9 +164,19 @@ def groups(
 ) -> dict: # (data set, category) -> targets that need it
     "The categories to run, and what for"
     out = {}
-    for t in targets:
-        for g in places(t, o): out.setdefault(g, []).append(t)
+    for t, g in ((t, g) for t in targets for g in places(t, o)):
+        out.setdefault(g, []).append(t)
     return out
+
+# %% ../../nbs/paper/plan.ipynb #efe561c4
+def _text_pairs(target, every):
+    "Pairs of rows that the text compares and no reference row covers"
+    by = {tuple(str(v) for _, v in r.label): r for r in every if r.label}
+    if target == "table6":
+        return [(by[lam, "Focal"], by[lam, "CE"]) for lam, kind in by if kind == "Focal"]
+    if target == "table7":
+        return [(by["Perlin",], by["NSA",])]
+    return [(by["True", "True"] if by else TWO_STAGE["Perlin"], HALF)] if target in ("table5", "panel") else []
 
 def against(
     target:str, # a table
@@ -149,21 +184,22 @@ def against(
 ) -> list: # pairs (row, row it is compared with)
     "The paired differences of a table"
     every = rows(target, bn2)
-    base = [r for r in every if r.reference]
-    same = lambda r: r.changes["method"] == "frozen"
-    by = {tuple(str(v) for _, v in r.label): r for r in every if r.label}
-    more = [(by[l, "Focal"], by[l, "CE"]) for l, kind in by if kind == "Focal"] if target == "table6" else [(by["Perlin",], by["NSA",])] if target == "table7" else []
-    if target in ("table5", "panel"): more = [(by["True", "True"] if by else TWO_STAGE["Perlin"], HALF)]
-    more += [(r, control(r)) for r in every if r.changes["method"] in ("two_stage", "contrastive") and control(r) in every]
-    return list(dict.fromkeys([(r, FROZEN) for r in every if not same(r)] + [(r, b) for b in base for r in every if r is not b and r is not FROZEN] + more))
+    to_frozen = [(r, FROZEN) for r in every if r.method != "frozen"]
+    to_reference = [(r, b) for b in every if b.reference for r in every if r not in (b, FROZEN)]
+    to_control = [(r, c) for r in every if r.method in ("two_stage", "contrastive") and (c := control(r)) in every]
+    return list(dict.fromkeys([*to_frozen, *to_reference, *_text_pairs(target, every), *to_control]))
 
 # %% ../../nbs/paper/plan.ipynb #42a3576c
-def metrics_of(target): return (*METRICS, "aupro") if target == "panel" else METRICS # that differences are taken in
+def metrics_of(
+    target:str, # a table
+) -> tuple:
+    "The metrics that its differences are taken in"
+    return (*METRICS, "aupro") if target == "panel" else METRICS
 
 def wanted(
     targets, # that need the group
     o:Options, dataset:str, category:str, # the group
-    link, # function: `Config` -> chain of tasks
+    link, # function: settings -> chain of tasks
     make, # function: (stage, cfg, needs, **extra) -> `Task`
     masks:bool=True, # whether pixel metrics exist
     tour=None, # function: `Config` -> `Task`
@@ -171,28 +207,36 @@ def wanted(
 ) -> dict: # ("metrics" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
     "All tasks that targets want of a group, by what they are for"
     last, known = {}, {}
+    cfg = lambda row, seed: o.config(dataset, category, seed, row)
     def run(row, seed):
         "The chain of a row and seed"
-        cfg = o.config(dataset, category, seed, row)
-        if cfg not in known: known[cfg] = link(cfg)
-        return known[cfg]
+        c = cfg(row, seed)
+        if c not in known:
+            known[c] = link(c)
+        return known[c]
     for t in targets:
         if t in TOURS:
-            last["tour", t] = tour(o.config(dataset, category, o.seeds[0], rows(t)[1])); continue
-        if t in GALLERIES:
-            a, b = (run(r, o.seeds[0])["scores"] for r in rows(t))
-            last["gallery", t] = make("gallery", o.config(dataset, category, o.seeds[0], rows(t)[1]), (a, b), count=GALLERIES[t]); continue
-        for row in o.rows(t):
-            for s in o.seeds:
-                ts = run(row, s)
-                if not there(ts): continue
-                last["metrics", t, row.name, s] = ts["metrics"]
-                for stage in [k for k in TRAINING if k in ts]: last[stage, t, row.name, s] = ts[stage]
-        for (a, b), m in ((p, m) for p in against(t, o.bn2) for m in metrics_of(t) if masks or m.startswith("image")):
-            seeds = [s for s in o.seeds if there(run(a, s)) and there(run(b, s))]
-            if not seeds: continue
-            sides = [run(r, s)["scores"] for r in (b, a) for s in seeds]
-            last["difference", t, a.name, b.name, m] = make("difference", o.config(dataset, category, o.seeds[0], a), tuple(sides), metric=m, draws=1000)
+            last["tour", t] = tour(cfg(rows(t)[1], o.seeds[0]))
+        elif t in GALLERIES:
+            both = tuple(scored(run(r, o.seeds[0])) for r in rows(t))
+            last["gallery", t] = make("gallery", cfg(rows(t)[1], o.seeds[0]), both, count=GALLERIES[t])
+        else:
+            last |= _of_table(t, o, run, make, cfg, masks, there)
+    return last
+
+def _of_table(t, o, run, make, cfg, masks, there):
+    "The tasks that a table wants of a group"
+    last = {}
+    runs = {(row, s): ts for row in o.rows(t) for s in o.seeds if there(ts := run(row, s))}
+    for (row, s), ts in runs.items():
+        last["metrics", t, row.name, s] = ts["metrics"]
+        last |= {(stage, t, row.name, s): ts[stage] for stage in TRAINING if stage in ts}
+    for a, b in against(t, o.bn2):
+        seeds = [s for s in o.seeds if (a, s) in runs and (b, s) in runs]
+        sides = tuple(scored(runs[r, s]) for r in (b, a) for s in seeds)
+        for m in metrics_of(t) if sides else ():
+            if masks or m.startswith("image"):
+                last["difference", t, a.name, b.name, m] = make("difference", cfg(a, o.seeds[0]), sides, metric=m, draws=1000)
     return last
 
 # %% ../../nbs/paper/plan.ipynb #e0a978a8
@@ -203,10 +247,12 @@ def stages_of(
     seen = {}
     def add(t):
         "Those before it first"
-        if t.key in seen: return
-        for n in t.needs: add(n)
-        seen[t.key] = t
-    for t in last: add(t)
+        if t.key not in seen:
+            for n in t.needs:
+                add(n)
+            seen[t.key] = t
+    for t in last:
+        add(t)
     return list(seen.values())
 
 def outline(
@@ -216,16 +262,22 @@ def outline(
 ) -> dict: # (data set, category) -> all tasks, each once
     "The stages that a reproduction consists of"
     out, sets = {}, groups(targets, o)
-    if everywhere: sets = {(d, c): [t for t in targets if d in datasets(t)] for d in CATEGORIES for c in CATEGORIES[d]}
+    if everywhere:
+        sets = {(d, c): [t for t in targets if d in datasets(t)] for d in CATEGORIES for c in CATEGORIES[d]}
     for (d, c), ts in sets.items():
-        link = lambda cfg: chain(cfg, f"{d}/{c}", cfg.backbone, device=_kind(o.device))
+        link = lambda cfg, at=f"{d}/{c}": chain(cfg, at, cfg.backbone, device=_kind(o.device))
         make = partial(_make, f"{d}/{c}", _kind(o.device))
         out[d, c] = stages_of(wanted([t for t in ts if t not in TOURS], o, d, c, link, make).values())
     return out
 
-def _kind(device): return "cuda" if str(device or "").startswith("cuda") or device is None and Path("/dev/nvidia0").exists() else "cpu"
+def _kind(device):
+    "The kind of a device, guessed without torch"
+    gpu = str(device or "").startswith("cuda") or device is None and Path("/dev/nvidia0").exists()
+    return "cuda" if gpu else "cpu"
 
-def _make(data, device, stage, cfg, needs, **extra): return task(stage, resolved(cfg), data, None, needs, device=device, **extra)
+def _make(data, device, stage, cfg, needs, **extra):
+    "A task on a group"
+    return task(stage, cfg.resolved(), data, None, needs, device=device, **extra)
 
 # %% ../../nbs/paper/plan.ipynb #55eb0b47
 GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50_2=22.9) # one forward pass of one image at 224
@@ -233,44 +285,52 @@ ASSUMED = dict(cpu=60., cuda=60e3) # GFLOP/s
 
 def images_in(dataset, category, folder=None):
     "Training images of a category: published, or counted where nothing is"
-    if dataset == "mini": return 32
-    if folder and category not in CATEGORIES.get(dataset, ()): return sum(p.is_file() for p in (Path(folder)/category).glob("train/**/*"))
+    if dataset == "mini":
+        return 32
+    if folder and category not in CATEGORIES.get(dataset, ()):
+        return sum(p.is_file() for p in (Path(folder)/category).glob("train/**/*"))
     c = published.counts().query("dataset == @dataset and category == @category and split == 'train'")
     return int(c["count"].sum())
 
-def _work(t, n):
+def _work(does, c, n):
     "Images that a stage passes through F, training passes counted by their cost"
-    times = dict(stage1=t.cfg.epochs1, stage2=t.cfg.epochs2, contrastive=t.cfg.epochs2)
-    if getattr(t.cfg, "curve", 0): times["curve"] = t.cfg.epochs2//t.cfg.curve
-    return n*STAGES[t.stage].weight*times.get(t.stage, 1)
+    many, _, few = does.epochs.partition("/")
+    epochs = getattr(c, many) if many else 1
+    return n*does.work*(epochs//(getattr(c, few) or 1) if few else epochs)
 
-def _rate_of(stage, c, kind): return stage, c.backbone, computed_by(getattr(c, "precision", "fp32"), kind)["arithmetic"], c.size, kind
+def _rate_of(stage, c, kind):
+    "What a measured rate holds for"
+    return stage, c.backbone, computed_by(getattr(c, "precision", "fp32"), kind)["arithmetic"], c.size, kind
 
 def estimate(
     tasks, # to be computed
     n:int, # training images of their category
-    rates:dict={}, # (stage, backbone, precision, size, kind of device) -> seconds per unit of work, from `rates_in` or `rates_from`
+    rates=None, # (stage, backbone, precision, size, kind of device) -> seconds per unit of work, from `rates_in` or `rates_from`
     device:str="cpu", # kind
 ) -> float: # seconds
     "How long some stages will take"
-    per = lambda t: rates.get(_rate_of(t.stage, t.cfg, device), GFLOP.get(t.cfg.backbone, 10)*(t.cfg.size/224)**2/ASSUMED[device])
-    return sum(per(t)*_work(t, n) for t in tasks)
+    counted = lambda c: GFLOP.get(c.backbone, 10)*(c.size/224)**2/ASSUMED[device]
+    per = lambda t: (rates or {}).get(_rate_of(t.stage, t.cfg, device), counted(t.cfg))
+    return sum(per(t)*_work(t.does, t.cfg, n) for t in tasks)
 
 # %% ../../nbs/paper/plan.ipynb #5ccfb935
 def rates_in(
     store:Store,
 ) -> dict: # (stage, backbone, precision, size, kind of device) -> seconds per unit of work
     "Rates of the stored stages"
-    found = {}
+    stages, found = STAGES | {k: v for s in SYSTEMS.values() for k, v in s.stages.items()}, {}
     for r in store.records():
-        c = SimpleNamespace(**r["config"])
-        key = _rate_of(r["stage"], c, "cpu" if r["hardware"]["device"] == "cpu" else "cuda")
-        found.setdefault(key, []).append(r["seconds"]/max(_work(SimpleNamespace(stage=r["stage"], cfg=c), r["images"]), 1e-9))
+        if r["stage"] in stages:
+            c = SimpleNamespace(**r["config"])
+            key = _rate_of(r["stage"], c, "cpu" if r["hardware"]["device"] == "cpu" else "cuda")
+            found.setdefault(key, []).append(r["seconds"]/max(_work(stages[r["stage"]], c, r["images"]), 1e-9))
     return {k: float(np.median(v)) for k, v in found.items()}
 
 def rates_from(
     path, # bench.json or gpu.json, written by `tocoad bench gpu`
 ) -> dict: # as from `rates_in`
     "Rates that the benchmark measured"
-    try: return {tuple(k): v for *k, v in json.loads(Path(path).read_text(encoding="utf-8"))["rates"]}
-    except (OSError, ValueError, KeyError, TypeError): raise BadInput(f"{path} holds no rates: measure them with `tocoad bench gpu`, which writes bench/bench.json.") from None
+    try:
+        return {tuple(k): v for *k, v in json.loads(Path(path).read_text(encoding="utf-8"))["rates"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} holds no rates: measure them with `tocoad bench gpu`, which writes bench/bench.json.") from None

@@ -7,7 +7,10 @@ __all__ = ['PARAMETERS', 'needed', 'expand', 'regenerate', 'forecast', 'notebook
            'write_index']
 
 # %% ../../nbs/paper/regenerate.ipynb #b5d52e87
-import html, json, os, time
+import html
+import json
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,13 +18,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 from ..data.errors import BadInput, one_of
+from ..files import whole
 from .plan import (
     Options, _kind, _make, _rate_of, datasets, estimate, groups, images_in, outline, places, rates_in, wanted)
 from .report import Results
-from .rows import FROZEN, TARGETS, TOURS
+from .rows import FROZEN, GALLERIES, TABLES, TARGETS, TOURS
 from .sheets import _note, _whole, compute, sheet_path
-from ..run.config import resolved
-from ..run.keys import PACKAGE, chain
+from ..run.keys import chain
+from ..run.source import PACKAGE
 from ..run.store import Store, default_store
 
 # %% ../../nbs/paper/regenerate.ipynb #549d28c3
@@ -29,16 +33,16 @@ def needed(
     targets, # of `TARGETS`
 ) -> list: # targets that have runs
     "The targets whose sheets some targets read"
-    out = dict.fromkeys(t for t in targets if datasets(t) or t == "panel")
-    if "verdict" in targets: out |= dict.fromkeys(t for t in TARGETS if t.startswith("table"))
-    return list(out)
+    out = [t for t in targets if datasets(t) or t == "panel"]
+    return list(dict.fromkeys([*out, *(TABLES if "verdict" in targets else ())]))
 
 def expand(
     words, # of `TARGETS`, or "all", "tables", "figures"
 ) -> list: # of `TARGETS`, each once
     "The targets that some words mean"
-    many = dict(all=TARGETS[:-1], tables=TARGETS[:9], figures=TARGETS[9:16])
-    for w in words: one_of(w, [*TARGETS, *many], "a table or figure")
+    many = dict(all=TARGETS[:-1], tables=TABLES, figures=(*TOURS, *GALLERIES))
+    for w in words:
+        one_of(w, [*TARGETS, *many], "a table or figure")
     return list(dict.fromkeys(t for w in words for t in many.get(w, (w,))))
 
 # %% ../../nbs/paper/regenerate.ipynb #41138535
@@ -47,7 +51,7 @@ def regenerate(
     o:Options,
     out, # folder of the reports
     workers=None, keep:str="all", log=lambda line: None, quiet:bool=True, # see `compute`
-    extra:dict={}, # more parameters for the notebooks
+    extra=None, # more parameters for the notebooks
     beside:tuple=(), # more profiles, whose results stand beside
     stored:bool=False, # compute no run
 ) -> dict: # target -> list of what failed
@@ -55,18 +59,24 @@ def regenerate(
     failed = {}
     for one in (o, *(replace(o, profile=p) for p in beside)):
         for t, s in _sheets(targets, one, workers, keep, log, quiet, stored).items():
-            for why in Results(s).failed: failed.setdefault(t, []).append(why)
+            if Results(s).failed:
+                failed.setdefault(t, []).extend(Results(s).failed)
     bad = run_notebooks(targets, out, o, log, quiet, extra, beside)
-    for t, why in bad.items(): failed.setdefault(t, []).append(why)
+    for t, why in bad.items():
+        failed.setdefault(t, []).append(why)
     write_index(out, bad)
     return failed
 
 # %% ../../nbs/paper/regenerate.ipynb #66baabb3
 def _sheets(targets, o, workers, keep, log, quiet, stored=False):
     "The sheets behind some targets, from the store or computed"
-    store = Store(o.store)
-    made = {t: json.loads(p.read_text(encoding="utf-8")) for t in needed(targets) if (p := sheet_path(t, o, store)).exists()}
-    missing = [t for t in needed(targets) if t not in made or made[t]["failed"] or made[t]["left"] or not _whole(made[t], store)]
+    store, made = Store(o.store), {}
+    for t in needed(targets):
+        path = sheet_path(t, o, store)
+        s = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if s and not s["failed"] and not s["left"] and _whole(s, store):
+            made[t] = s
+    missing = [t for t in needed(targets) if t not in made]
     return made | (compute(missing, o, workers, keep, log, quiet, stored) if missing else {})
 
 # %% ../../nbs/paper/regenerate.ipynb #3a300129
@@ -74,45 +84,54 @@ def forecast(
     targets, # of `TARGETS`
     o:Options,
     everywhere:bool=False, # all categories of the paper, whether they are here or not
-    rates:dict={}, # from `rates_from`; they go before those of the store
+    rates=None, # from `rates_from`; they go before those of the store
 ) -> pd.DataFrame: # a row per category: runs, stages, stored, to compute, hours
     "What a reproduction would compute"
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
-    rates, kind, out = (rates_in(store) if store else {}) | rates, _kind(o.device), []
+    rates, kind, out = (rates_in(store) if store else {}) | (rates or {}), _kind(o.device), []
     for (d, c), ts in outline(targets, o, everywhere).items():
         folder = next((p[d, c] for t in targets if (d, c) in (p := places(t, o))), None)
         note = store and not everywhere and _note(store, folder, o.config(d, c, 0, FROZEN))
         known = json.loads(note.read_text()) if note and note.exists() else None
         missing = _missing(targets, o, d, c, known, store) if known else ts
         n = known["images"] if known else images_in(d, c, folder)
-        out.append(dict(dataset=d, category=c, runs=sum(t.stage == "metrics" for t in ts), stages=len(ts), stored=len(ts) - len(missing), compute=len(missing),
-                        hours=estimate(missing, n, rates, kind)/3600, measured=bool(missing) and all(_rate_of(t.stage, t.cfg, kind) in rates for t in missing)))
+        measured = bool(missing) and all(_rate_of(t.stage, t.cfg, kind) in rates for t in missing)
+        out.append(dict(dataset=d, category=c, runs=sum(t.stage == "metrics" for t in ts), stages=len(ts),
+                        stored=len(ts) - len(missing), compute=len(missing),
+                        hours=estimate(missing, n, rates, kind)/3600, measured=measured))
     return pd.DataFrame(out, columns=["dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"])
 
 # %% ../../nbs/paper/regenerate.ipynb #fb56665f
 def _missing(targets, o, d, c, known, store):
     "Tasks of a group that would be computed"
     from tocoad.run import compare
-    link = lambda cfg: chain(cfg, known["fingerprint"], compare.weights_id(cfg.backbone, cfg.weights), compare.describe(resolved(cfg)), _kind(o.device))
+    kind, data = _kind(o.device), known["fingerprint"]
+    def link(cfg):
+        "A chain without its images"
+        return chain(cfg, data, compare.weights_id(cfg.backbone, cfg.weights), compare.describe(cfg.resolved()), kind)
     mine = [t for t in targets if t not in TOURS and (d, c) in groups([t], o)]
     out = {}
     def need(t, tensors=False):
         "Add a task and those before it, as `carry_out` would"
-        if t.key in out or store.record(t, tensors): return
-        for n in t.needs: need(n, True)
-        out[t.key] = t
-    for t in wanted(mine, o, d, c, link, partial(_make, known["fingerprint"], _kind(o.device)), known["masks"]).values(): need(t)
+        if t.key not in out and not store.record(t, tensors):
+            for n in t.needs:
+                need(n, True)
+            out[t.key] = t
+    for t in wanted(mine, o, d, c, link, partial(_make, data, kind), known["masks"]).values():
+        need(t)
     return list(out.values())
 
 # %% ../../nbs/paper/regenerate.ipynb #6a46e09a
-PARAMETERS = ("profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders")
+PARAMETERS = "profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders"
 
 def notebook_of(
     target:str, # of `TARGETS`
 ) -> Path:
     "The notebook that draws a table or figure"
     path = PACKAGE.parent/"nbs"/"paper"/("figures" if target.startswith("figure") else "tables")/f"{target}.ipynb"
-    if not path.exists(): raise BadInput(f"{path.name} is not beside this installation: clone the repository, install it with `pip install -e .`, and run tocoad from there.")
+    if not path.exists():
+        raise BadInput(f"{path.name} is not beside this installation: clone the repository, install it with `pip install -e .`, "
+                       "and run tocoad from there.")
     return path
 
 def run_notebook(
@@ -125,13 +144,18 @@ def run_notebook(
     import papermill
     source, done = source or notebook_of(target), Path(out)/"notebooks"/f"{target}.ipynb"
     done.parent.mkdir(parents=True, exist_ok=True)
-    if (odd := sorted(set(parameters) - set(papermill.inspect_notebook(str(source))))): return f"{source.name} has no parameter {odd[0]!r}: add it to its cell tagged parameters."
+    if (odd := sorted(set(parameters) - set(papermill.inspect_notebook(str(source))))):
+        return f"{source.name} has no parameter {odd[0]!r}: add it to its cell tagged parameters."
+    quiet = dict(progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
     for _ in range(2): # kernels that start at the same moment can pick the same port
         try:
-            papermill.execute_notebook(str(source), str(done), parameters, kernel_name="python3", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
+            papermill.execute_notebook(str(source), str(done), parameters, kernel_name="python3", **quiet)
             return None
-        except papermill.PapermillExecutionError as e: return f"{source.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''} (kept as {done})"
-        except Exception as e: why = f"{source.name} could not be run: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        except papermill.PapermillExecutionError as e:
+            said = e.evalue.partition("\n")[0] if e.evalue else ""
+            return f"{source.name} failed in cell {e.exec_count}: {e.ename}: {said} (kept as {done})"
+        except Exception as e:
+            why = f"{source.name} could not be run: {type(e).__name__}: {str(e).partition(chr(10))[0]}"
     return why
 
 # %% ../../nbs/paper/regenerate.ipynb #75573643
@@ -141,49 +165,68 @@ def run_notebooks(
     o:Options,
     log=lambda line: None,
     quiet:bool=True,
-    extra:dict={}, # more parameters, for the notebooks that have them
+    extra=None, # more parameters, for the notebooks that have them
     beside:tuple=(), # more profiles
 ) -> dict: # target -> why it failed
     "Execute the notebooks of some targets side by side, from what is stored"
-    out = Path(out).absolute()
-    given = dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()), store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
-                 categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings))
-    own = dict(panel=dict(folders=list(map(str, o.panel))))
-    before = os.environ.get("TOCOAD_READ_ONLY"); os.environ["TOCOAD_READ_ONLY"] = "1"
+    out, given = Path(out).absolute(), _given(o, out, beside)
     def one(t):
         "Execute and time one"
-        start = time.perf_counter(); why = run_notebook(t, out, given | own.get(t, {}) | {k: v for k, v in extra.items() if k in _parameters(t)})
-        log(f"{t}: {why or 'drawn'} ({time.perf_counter() - start:.1f} s)"); return why
+        start, mine = time.perf_counter(), dict(given)
+        if t == "panel":
+            mine["folders"] = list(map(str, o.panel))
+        why = run_notebook(t, out, mine | {k: v for k, v in (extra or {}).items() if k in _parameters(t)})
+        log(f"{t}: {why or 'drawn'} ({time.perf_counter() - start:.1f} s)")
+        return why
+    before = os.environ.get("TOCOAD_READ_ONLY")
+    os.environ["TOCOAD_READ_ONLY"] = "1"
     try:
-        with ThreadPoolExecutor(min(len(targets), max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()), 8)) as pool:
-            failed = dict(zip(targets, tqdm(pool.map(one, targets), "notebooks", len(targets), disable=quiet)))
-    finally: os.environ.pop("TOCOAD_READ_ONLY") if before is None else None
-    return {t: why for t, why in failed.items() if why}
+        with ThreadPoolExecutor(min(len(targets), max(2, os.cpu_count()), 8)) as pool:
+            failed = list(tqdm(pool.map(one, targets), "notebooks", len(targets), disable=quiet))
+    finally:
+        if before is None:
+            os.environ.pop("TOCOAD_READ_ONLY")
+    return {t: why for t, why in zip(targets, failed, strict=True) if why}
+
+def _given(o, out, beside):
+    "The parameters that every notebook takes"
+    return dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()),
+                store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
+                categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings))
 
 def _parameters(target):
+    "The parameters of a notebook, with their values"
     import papermill
     return papermill.inspect_notebook(str(notebook_of(target)))
 
 # %% ../../nbs/paper/regenerate.ipynb #40b94fe6
-_STYLE = "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}" \
-    "th,td{padding:2px 8px;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}img{max-width:100%}nav a{margin-right:1em}li{font-size:13px}.bad{color:#a00}"
+_STYLE = '''body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
+table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}
+th,td{padding:2px 8px;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+img{max-width:100%} nav a{margin-right:1em} li{font-size:13px} .bad{color:#a00}'''
 
 def write_index(
     out, # folder of the reports
-    failed:dict={}, # target -> why its notebook failed
+    failed=None, # target -> why its notebook failed
 ) -> Path:
     "`index.html`: all tables and figures of a folder, with links to their files and notebooks"
-    out, parts, nav = Path(out), [], []
-    for t in TARGETS:
-        folder = out/("figures" if t.startswith("figure") else "tables")
-        files = [p for p in sorted(folder.glob(f"{t}.*"))]
-        if not files and t not in failed: continue
-        links = [*files, *(p for p in [out/"notebooks"/f"{t}.ipynb"] if p.exists())]
-        body = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix == ".html") + "".join(f'<img src="{p.relative_to(out).as_posix()}" alt="{t}">' for p in files if p.suffix == ".png")
-        bad = f'<p class="bad">{html.escape(failed[t])}</p>' if t in failed else ""
-        parts.append(f'<section id="{t}"><h1>{t}</h1>{bad}<p>' + " ".join(f'<a href="{p.relative_to(out).as_posix()}">{p.suffix[1:]}</a>' for p in links) + f"</p>{body}</section>")
-        nav.append(f'<a href="#{t}">{t}</a>')
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>tocoad reports</title><style>{_STYLE}</style><nav>{"".join(nav)}</nav>{"".join(parts)}</html>'
-    part = out/".index.html.part"
-    part.write_text(page, encoding="utf-8"); part.replace(out/"index.html")
+    out, failed = Path(out), failed or {}
+    parts = {t: part for t in TARGETS if (part := _section(out, t, failed.get(t)))}
+    nav = "".join(f'<a href="#{t}">{t}</a>' for t in parts)
+    head = f'<meta charset="utf-8"><title>tocoad reports</title><style>{_STYLE}</style>'
+    with whole(out/"index.html") as aside:
+        page = f'<!doctype html><html lang="en">{head}<nav>{nav}</nav>{"".join(parts.values())}</html>'
+        aside.write_text(page, encoding="utf-8")
     return out/"index.html"
+
+def _section(out, t, why):
+    "A table or figure on the index; nothing where there is none"
+    files = sorted((out/("figures" if t.startswith("figure") else "tables")).glob(f"{t}.*"))
+    if not files and not why:
+        return ""
+    at = lambda p: p.relative_to(out).as_posix()
+    links = " ".join(f'<a href="{at(p)}">{p.suffix[1:]}</a>' for p in [*files, out/"notebooks"/f"{t}.ipynb"] if p.exists())
+    tables = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix == ".html")
+    pictures = "".join(f'<img src="{at(p)}" alt="{t}">' for p in files if p.suffix == ".png")
+    bad = f'<p class="bad">{html.escape(why)}</p>' if why else ""
+    return f'<section id="{t}"><h1>{t}</h1>{bad}<p>{links}</p>{tables}{pictures}</section>'

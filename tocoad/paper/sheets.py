@@ -6,25 +6,34 @@
 __all__ = ['sheet_path', 'sheet', 'compute', 'where', 'unlike', 'results']
 
 # %% ../../nbs/paper/sheets.ipynb #ef96ba6c
-import hashlib, json, os, time
+import hashlib
+import json
+import os
+import time
 from functools import partial
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from . import published
 from ..data.errors import BadInput
+from . import published
 from .plan import (
-    METRICS, Options, TRAINING, _kind, _make, check, datasets, find, groups, options, outline, places,
-    stages_of, wanted)
+    METRICS, TRAINING, Options, _kind, _make, check, datasets, find, groups, options, outline, places, stages_of, wanted)
 from .report import Results
 from .rows import FROZEN
 from .training import became
 from ..run.config import config, settings
-from ..run.keys import STAGES, computed_by, fingerprint, folder_stat
+from ..run.keys import STAGES, computed_by, folder_stat, scored
+from ..run.source import code_of, fingerprint
 from ..run.store import Store, write_json
+from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/sheets.ipynb #f8640b89
-_FUNCTIONS = (*(s.function for s in STAGES.values()), "paper.plan.wanted", "paper.sheets.sheet")
+def _code(target, o):
+    "Fingerprints of what a sheet is made by"
+    systems = [SYSTEMS[r.system] for r in o.rows(target) if r.system]
+    stages = [*STAGES.values(), *(stage for s in systems for stage in s.stages.values())]
+    functions = dict.fromkeys(f for s in stages for f in (s.function, s.reader) if f)
+    return [code_of(f) for f in functions] + [fingerprint(f"paper.{f}") for f in ("plan.wanted", "sheets.sheet")]
 
 def sheet_path(
     target:str, # of `TARGETS`
@@ -32,12 +41,13 @@ def sheet_path(
     store:Store,
 ) -> Path: # of a file that may not exist
     "Where the sheet of a target lies, named by all it depends on"
-    here = [(d, c, str(folder and (folder/c).resolve()), folder and folder_stat(folder/c)) for (d, c), folder in places(target, o).items()]
+    at = {g: folder and folder/g[1] for g, folder in places(target, o).items()}
+    here = [(*g, str(folder and folder.resolve()), folder and folder_stat(folder)) for g, folder in at.items()]
     base = config(o.profile, **settings(o.settings))
     files = [(p, Path(p).stat().st_mtime_ns) for p in (base.weights,) if Path(p).is_file()]
     files += [folder_stat(p) for p in (base.textures,) if p and Path(p).is_dir()]
-    by = computed_by(base.precision, _kind(o.device))
-    made_from = [target, o.profile, o.settings, o.seeds, o.categories, here, files, by, [fingerprint(f) for f in _FUNCTIONS]]
+    by, names = computed_by(base.precision, _kind(o.device)), [r.name for r in o.rows(target)]
+    made_from = [target, o.profile, o.settings, o.seeds, o.categories, names, here, files, by, _code(target, o)]
     return store.root/"sheets"/f"{target}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}.json"
 
 # %% ../../nbs/paper/sheets.ipynb #66065b1f
@@ -47,54 +57,67 @@ def sheet(
     found:dict, # (data set, category) -> (tasks from `wanted`, {task: record or reason}), or the reason why there are none
 ) -> dict: # ready for JSON
     "What came of a target"
-    runs, differences, failed, arrays, sets, keys, machines = [], [], [], [], [], set(), {}
-    for (dataset, category), got in found.items():
+    got = dict(sets=[], runs=[], differences=[], failed=[], arrays=[])
+    keys, machines = set(), {}
+    for (dataset, category), what in found.items():
         at = dict(dataset=dataset, category=category)
-        if isinstance(got, str): failed += [at | dict(row=r.name, seed=s, reason=got) for r in o.rows(target) for s in o.seeds]; continue
-        last, out, about = got
-        sets.append(at | about)
-        for (kind, t, *what), end in last.items():
-            if t != target: continue
-            r = out[end]
-            keys |= {n.key for n in stages_of([end])}
-            if isinstance(r, str):
-                if kind not in ("difference", *TRAINING): failed.append(at | dict(row=what[0] if what else kind, seed=what[1] if what else o.seeds[0], reason=r))
-                continue
-            machines[json.dumps(r["hardware"])] = r["versions"]
-            if kind == "metrics":
-                runs.append(at | dict(row=what[0], seed=what[1], values={k: _percent(v) for k, v in r["values"].items()}))
-                runs[-1]["values"] |= _on_the_way(out, last, t, *what)
-                runs[-1]["training"] = _trained(out, last, t, *what)
-            elif kind in TRAINING: continue
-            elif kind == "difference": differences.append(at | dict(row=what[0], base=what[1], metric=what[2], **{k: _percent(r["values"][k]) for k in ("mean", "low", "high")}))
-            else: arrays.append(at | dict(kind=kind, stage=end.stage, key=end.key, values=r["values"]))
+        if isinstance(what, str):
+            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.rows(target) for s in o.seeds]
+            continue
+        got["sets"].append(at | what[2])
+        for (kind, t, *names), end in what[0].items():
+            if t == target:
+                keys |= {n.key for n in stages_of([end])}
+                r = what[1][end]
+                _enter(got, at, kind, names, end, r, what, t, o)
+                if not isinstance(r, str):
+                    machines[json.dumps(r["hardware"])] = r["versions"]
     missing = {d: find(o.place, d, o.categories)[2] for d in datasets(target)}
-    left = 0 if target.startswith("figure") else len(o.rows(target))*len(o.seeds)*len(found) - len(runs) - len(failed)
-    return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds), mini=o.root is None and target != "panel", missing=missing, sets=sets,
-                left=left, runs=runs, differences=differences,
-                failed=failed, arrays=arrays, hardware=[json.loads(m) for m in machines], versions=list(machines.values()), keys=sorted(keys))
+    left = 0 if target.startswith("figure") else len(o.rows(target))*len(o.seeds)*len(found) - len(got["runs"]) - len(got["failed"])
+    return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
+                mini=o.root is None and target != "panel", missing=missing, left=left, **got,
+                hardware=[json.loads(m) for m in machines], versions=list(machines.values()), keys=sorted(keys))
 
-def _percent(x): return None if x is None else 100*x
+def _enter(got, at, kind, names, end, r, what, t, o):
+    "Put what came of one task into a sheet"
+    if isinstance(r, str):
+        if kind not in ("difference", *TRAINING):
+            row, seed = names or (kind, o.seeds[0])
+            got["failed"].append(at | dict(row=row, seed=seed, reason=r))
+    elif kind == "metrics":
+        values = {k: _percent(v) for k, v in r["values"].items()} | _on_the_way(what[1], what[0], t, *names)
+        trained = _trained(what[1], what[0], t, *names)
+        got["runs"].append(at | dict(row=names[0], seed=names[1], values=values, training=trained))
+    elif kind == "difference":
+        interval = {k: _percent(r["values"][k]) for k in ("mean", "low", "high")}
+        got["differences"].append(at | dict(row=names[0], base=names[1], metric=names[2], **interval))
+    elif kind not in TRAINING:
+        got["arrays"].append(at | dict(kind=kind, stage=end.stage, key=end.key, values=r["values"]))
 
+def _percent(x):
+    "A share in per cent"
+    return None if x is None else 100*x
+
+# %% ../../nbs/paper/sheets.ipynb #ba83eb8c
 def _on_the_way(out, last, t, row, seed):
     "What training says of a run, per cent: D's share of the pull on F; the best epoch by test labels, an oracle"
     found = {k: out.get(last.get((k, t, row, seed))) for k in ("stage2", "curve")}
     said = {}
-    if isinstance(found["stage2"], dict): said["pull"] = 100*float(np.mean([e["share"] for e in found["stage2"]["values"]["log"]]))
+    if isinstance(found["stage2"], dict):
+        said["pull"] = 100*float(np.mean([e["share"] for e in found["stage2"]["values"]["log"]]))
     if isinstance(found["curve"], dict):
-        for m in METRICS:
-            seen = [e[m] for e in found["curve"]["values"]["curve"] if e.get(m) is not None]
-            if seen: said[f"oracle_{m}"] = 100*max(seen)
+        seen = {m: [e[m] for e in found["curve"]["values"]["curve"] if e.get(m) is not None] for m in METRICS}
+        said |= {f"oracle_{m}": 100*max(v) for m, v in seen.items() if v}
     return said
 
-# %% ../../nbs/paper/sheets.ipynb #443d6771
 def _trained(out, last, t, row, seed):
     "What became of a run's training, in a word; None for one that trains nothing or hardly"
     found = {k: out.get(last.get((k, t, row, seed))) for k in TRAINING}
-    r = next((r for k in ("stage2", "contrastive") if isinstance(r := found[k], dict)), None)
+    r = next((found[k] for k in ("stage2", "contrastive") if isinstance(found[k], dict)), None)
     seen = found["curve"]["values"]["curve"] if isinstance(found["curve"], dict) else ()
     return r and became(r["values"]["log"], r["values"].get("layers", ()), seen, r["config"]["printed"])
 
+# %% ../../nbs/paper/sheets.ipynb #443d6771
 def compute(
     targets, # of `TARGETS`
     o:Options,
@@ -110,23 +133,23 @@ def compute(
     store, device, found = Store(o.store), compare.find_device(o.device) if workers is None else o.device, {}
     total = sum(map(len, outline(targets, o).values()))
     with tqdm(total=total, desc="stages", disable=quiet, unit="stage") as bar:
-        for (dataset, category), ts in groups(targets, o).items():
+        for g, ts in groups(targets, o).items():
             start = time.perf_counter()
-            found[dataset, category] = _group(ts, o, dataset, category, store, device, workers, log, bar, quiet, stored)
-            if keep == "scores" and not stored and not isinstance(found[dataset, category], str): _slim(found[dataset, category], store)
-            log(f"{dataset}/{category}: done in {time.perf_counter() - start:.1f} s")
-    sheets = {}
-    for t in targets:
-        mine = {g: found[g] for g in groups([t], o)}
-        sheets[t] = sheet(t, o, mine)
-        write_json(sheets[t], sheet_path(t, o, store), "--store")
+            found[g] = _group(ts, o, *g, store, device, workers, log, bar, quiet, stored)
+            if keep == "scores" and not stored and not isinstance(found[g], str):
+                _slim(found[g], store)
+            log(f"{'/'.join(g)}: done in {time.perf_counter() - start:.1f} s")
+    sheets = {t: sheet(t, o, {g: found[g] for g in groups([t], o)}) for t in targets}
+    for t, s in sheets.items():
+        write_json(s, sheet_path(t, o, store), "--store")
     return sheets
 
 # %% ../../nbs/paper/sheets.ipynb #7d120f38
 def _note(store, folder, c):
     "Where the store notes the fingerprint of a category's images"
     dataset, category = c.dataset, c.category
-    at = [dataset, category, c.resize, c.shorter, c.mask, folder and str((folder/category).resolve()), folder and folder_stat(folder/category)]
+    here = folder and folder/category
+    at = [dataset, category, c.resize, c.shorter, c.mask, here and str(here.resolve()), here and folder_stat(here)]
     return store.root/"data"/f"{dataset}-{category}-{hashlib.sha256(json.dumps(at).encode()).hexdigest()[:16]}.json"
 
 def where(
@@ -146,9 +169,11 @@ def unlike(
     have = {("train", "normal"): len(data.train), ("test", "normal"): len(data.test) - bad, ("test", "anomalous"): bad}
     return ", ".join(f"{s} {l} {have[s, l]} instead of {n}" for (s, l), n in c.items() if have.get((s, l)) != n)
 
-def _about(data): # of a `Category`, for a sheet
+def _about(data):
+    "What a sheet says of a category"
     bad = int(data.test.labels.sum())
-    return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint, notes=list(data.notes), own_split=bool(unlike(data)))
+    return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint, notes=list(data.notes),
+                own_split=bool(unlike(data)))
 
 def _read(targets, o, dataset, category, store):
     "A group's images, and where they lie; the store notes what they are"
@@ -156,56 +181,78 @@ def _read(targets, o, dataset, category, store):
     at = where(targets, o, dataset, category)
     data = compare.load_at(*at)
     if targets != ["panel"] and o.root is not None and (off := unlike(data)):
-        raise BadInput(f"{dataset}/{category}: {off}; a split of one's own fills no cell of the paper's tables: run it with `tocoad reproduce panel --folders`.")
+        raise BadInput(f"{dataset}/{category}: {off}; a split of one's own fills no cell of the paper's tables: run it with "
+                       "`tocoad reproduce panel --folders`.")
     known = dict(fingerprint=data.fingerprint, masks=data.test.masks is not None, images=len(data.train),
                  labels=data.test.labels.int().tolist(), defects=list(data.test.defects))
     write_json(known, _note(store, at[0], o.config(dataset, category, 0, FROZEN)), "--store")
     return data, at
 
+# %% ../../nbs/paper/sheets.ipynb #642487f7
 def _group(targets, o, dataset, category, store, device, workers, log, bar, quiet, stored):
     "The tasks of one category, what came of them, and what the category is"
     from tocoad.paper import tour
     from tocoad.run import cluster, compare
-    kind = _kind(o.device) if workers else device.type
+    kind, name = _kind(o.device) if workers else device.type, f"{dataset}/{category}"
+    there = (lambda ts: store.record(ts["metrics"]) and store.record(scored(ts), True)) if stored else lambda ts: True
     try:
         data, at = _read(targets, o, dataset, category, store)
-        link = partial(compare.tasks, data=data, device=kind)
-        make = partial(_make, data.fingerprint, kind)
-        there = (lambda ts: store.record(ts["metrics"]) and store.record(ts["scores"], True)) if stored else lambda ts: True
-        last = wanted(targets, o, dataset, category, link, make, data.test.masks is not None, lambda cfg: tour.tour_task(cfg, data, device=kind), there)
-    except BadInput as e: log(f"{dataset}/{category}: failed: {e}"); return str(e)
-    every, seen = stages_of(last.values()), set()
-    def say(t, r, new):
-        "A line for each stage that was computed"
-        if t.key in seen: return
-        seen.add(t.key); bar.update(); bar.set_postfix_str(f"{category} {t.stage}")
-        if new: log(f"{dataset}/{category}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
+        link, make = partial(compare.tasks, data=data, device=kind), partial(_make, data.fingerprint, kind)
+        tours = lambda cfg: tour.tour_task(cfg, data, device=kind)
+        last = wanted(targets, o, dataset, category, link, make, data.test.masks is not None, tours, there)
+    except BadInput as e:
+        log(f"{name}: failed: {e}")
+        return str(e)
+    say, seen = _teller(name, bar, log)
     failed = {} if workers is None else _spread(last.values(), at, store, device, workers, say)
     out = cluster.carry_out_all(last.values(), data, store, device if workers is None else "cpu", not quiet, say, failed)
-    bar.update(len(every) - len(seen & {t.key for t in every}))
+    every = {t.key for t in stages_of(last.values())}
+    bar.update(len(every - seen))
     for t, r in out.items():
-        if isinstance(r, str): log(f"{dataset}/{category}: {t.stage} {t.cfg.method} seed {t.cfg.seed} failed: {r}")
+        if isinstance(r, str):
+            log(f"{name}: {t.stage} {t.cfg.method} seed {t.cfg.seed} failed: {r}")
     return last, out, _about(data)
+
+def _teller(name, bar, log):
+    "A function that is told of each stage, and the keys that it was told of"
+    seen = set()
+    def say(t, r, new):
+        "A line for each stage that was computed"
+        if t.key in seen:
+            return
+        seen.add(t.key)
+        bar.update()
+        bar.set_postfix_str(f"{t.cfg.category} {t.stage}")
+        if new:
+            log(f"{name}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
+    return say, seen
 
 # %% ../../nbs/paper/sheets.ipynb #97d6d336
 def _spread(last, where, store, device, client, say):
     "Run the missing stages on a cluster: task's key -> why it failed"
-    from tocoad.run import cluster
     from dask.distributed import as_completed
+    from tocoad.run import cluster
     futures, failed = cluster.submit(client, last, where, store, device), {}
     of = {f.key: t for t, f in futures.values()}
     for f in as_completed([f for _, f in futures.values()]):
-        reason = f.result() if f.status == "finished" else f"{of[f.key].stage}: {f.exception()}"
-        if reason: failed[of[f.key].key] = reason
-        else: say(of[f.key], store.record(of[f.key]), True)
+        t = of[f.key]
+        why = f.result() if f.status == "finished" else f"{t.stage}: {f.exception()}"
+        if why:
+            failed[t.key] = why
+        else:
+            say(t, store.record(t), True)
     return failed
 
 def _slim(got, store):
     "Drop the networks and memories of a category of which every run has its scores"
     last, out, _ = got
-    if any(isinstance(r, str) for r in out.values()): return
-    for t in stages_of(last.values()):
-        if t.stage in ("stage1", "stage2", "contrastive", "memory"): store.drop(t, record=False)
+    if any(isinstance(r, str) for r in out.values()):
+        return
+    every = stages_of(last.values())
+    kept = {t.key for t in last.values()} | {n.key for t in every if t.does.judges for n in t.needs}
+    for t in every:
+        if t.key not in kept or t.stage in TRAINING:
+            store.drop(t, record=False)
 
 # %% ../../nbs/paper/sheets.ipynb #ed8f1126
 def results(
@@ -220,8 +267,11 @@ def results(
     store = Store(o.store)
     path = sheet_path(target, o, store)
     made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if made is None or (made["failed"] or made["left"]) and not os.environ.get("TOCOAD_READ_ONLY") or not _whole(made, store): made = compute([target], o)[target]
+    retry = made and (made["failed"] or made["left"]) and not os.environ.get("TOCOAD_READ_ONLY")
+    if not made or retry or not _whole(made, store):
+        made = compute([target], o)[target]
     return Results(made, store, o.rows(target), [results(target, p, **parameters) for p in others])
 
-def _whole(made, store): # the arrays that a figure draws are still there
+def _whole(made, store):
+    "Whether the arrays that a figure draws are still there"
     return all((store.root/a["stage"]/f"{a['key']}.safetensors").exists() for a in made["arrays"])

@@ -10,8 +10,9 @@ import threading
 from functools import lru_cache
 from ..data.errors import BadInput
 from ..data.images import Category
-from .compare import Failed, _reason, carry_out, find_device, load_at
-from .keys import STAGES, Stale, fingerprint
+from .compare import carry_out, find_device, load_at, reason
+from .keys import code_of_stage
+from .source import Stale
 from .store import Store
 
 # %% ../../nbs/run/6_cluster.ipynb #3891b0be
@@ -27,20 +28,22 @@ def carry_out_all(
     "Many runs of one category, one after the other"
     out, failed = {}, {} if failed is None else failed
     def need(t, tensors=False):
-        "`carry_out` with a memory for failures"
-        if t.key in failed: raise Failed(failed[t.key])
-        if store.record(t, tensors): return
+        "`carry_out` with a memory for failures: why there is no record"
+        if t.key in failed or store.record(t, tensors):
+            return failed.get(t.key)
+        why = next(filter(None, (need(n, True) for n in t.needs)), None)
         try:
-            for n in t.needs: need(n, True)
-            carry_out(t, data, store, {}, device, progress, say, tensors)
-        except Failed as e: failed[t.key] = str(e); raise
-        except Stale: raise
+            if not why:
+                carry_out(t, data, store, {}, device, progress, say, tensors)
+        except Stale:
+            raise
         except Exception as e:
-            failed[t.key] = f"{t.stage}: {_reason(e)}"
-            raise Failed(failed[t.key]) from e
+            why = f"{t.stage}: {reason(e)}"
+        if why:
+            failed[t.key] = why
+        return why
     for t in last:
-        try: need(t); out[t] = store.record(t)
-        except Failed as e: out[t] = str(e)
+        out[t] = need(t) or store.record(t)
     return out
 
 # %% ../../nbs/run/6_cluster.ipynb #3fe8a548
@@ -50,15 +53,18 @@ _category = lru_cache(maxsize=4)(load_at)
 
 def _on_worker(t, where, store, device, *before):
     "One stage in a worker process: None, or why it failed"
-    if (bad := next((b for b in before if b), None)): return bad
+    if any(before):
+        return next(filter(None, before))
     with _one_at_a_time:
         try:
-            if fingerprint(STAGES[t.stage].function) != t.about["code"]: raise BadInput("the worker has other source than the client: install the same version on both")
+            if code_of_stage(t.does, t.cfg) != t.about["code"]:
+                raise BadInput("the worker has other source than the client: install the same version on both")
             device = find_device(device)
             if device.type != t.about["by"]["device"]:
                 raise BadInput(f"the worker computes on {device.type} where {t.about['by']['device']} was planned: give --device")
             carry_out(t, _category(*where), Store(store), {}, device, tensors=True)
-        except Exception as e: return f"{t.stage}: {_reason(e)}"
+        except Exception as e:
+            return f"{t.stage}: {reason(e)}"
 
 # %% ../../nbs/run/6_cluster.ipynb #e45826db
 def submit(
@@ -73,10 +79,13 @@ def submit(
     futures = {} if futures is None else futures
     def need(t, tensors):
         "The future of a task, None if it is stored"
-        if t.key in futures: return futures[t.key][1]
-        if store.record(t, tensors): return None
-        before = [f for n in t.needs if (f := need(n, True)) is not None]
-        futures[t.key] = t, client.submit(_on_worker, t, where, str(store.root), device, *before, key=f"{t.stage}-{t.key}", retries=2, pure=False)
+        if t.key not in futures:
+            if store.record(t, tensors):
+                return None
+            before = [f for n in t.needs if (f := need(n, True)) is not None]
+            given = t, where, str(store.root), device, *before
+            futures[t.key] = t, client.submit(_on_worker, *given, key=f"{t.stage}-{t.key}", retries=2, pure=False)
         return futures[t.key][1]
-    for t in last: need(t, False)
+    for t in last:
+        need(t, False)
     return futures

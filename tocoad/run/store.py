@@ -6,7 +6,9 @@
 __all__ = ['FORMAT', 'write_json', 'default_store', 'Store']
 
 # %% ../../nbs/run/3_store.ipynb #58a50932
-import json, os, time
+import json
+import os
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +18,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from ..data.errors import BadInput
-from ..files import cache_dir
-from .keys import STAGES, Task, versions
+from ..files import cache_dir, whole
+from .keys import Task, versions
 
 # %% ../../nbs/run/3_store.ipynb #42bd62c4
 def write_json(
@@ -27,12 +29,11 @@ def write_json(
 ) -> Path:
     "Write a JSON file in one atomic step"
     path, document = Path(path), json.dumps(record, indent=1, allow_nan=False, default=list)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(document, encoding="utf-8"); os.replace(part, path)
+        with whole(path) as aside:
+            aside.write_text(document, encoding="utf-8")
     except OSError as e:
-        with suppress(OSError): part.unlink(missing_ok=True)
         raise BadInput(f"Cannot write {path}: {e.strerror}; choose another folder with {option}.") from None
     return path
 
@@ -55,25 +56,39 @@ class Store:
             if self.root.is_dir() and any(p for p in self.root.iterdir() if not p.name.startswith(".")):
                 raise BadInput(f"{self.root} holds other files and no store.json: give --store an empty or new folder.")
             write_json(dict(format=FORMAT, what="stages of tocoad runs; `tocoad runs list` shows them"), mark, "--store")
-        try: found = json.loads(mark.read_text())["format"]
-        except (ValueError, KeyError, OSError): raise BadInput(f"{mark} cannot be read: restore it or give another --store.") from None
-        if found != FORMAT: raise BadInput(f"{self.root} is a store of format {found}, and this version reads format {FORMAT}: give another --store, or use the tocoad that made it.")
-        if not os.access(self.root, os.W_OK): raise BadInput(f"Cannot write into the store {self.root}: change its permissions or give another --store.")
+        try:
+            found = json.loads(mark.read_text())["format"]
+        except (ValueError, KeyError, OSError):
+            raise BadInput(f"{mark} cannot be read: restore it or give another --store.") from None
+        if found != FORMAT:
+            raise BadInput(f"{self.root} is a store of format {found}, and this version reads format {FORMAT}: "
+                           "give another --store, or use the tocoad that made it.")
+        if not os.access(self.root, os.W_OK):
+            raise BadInput(f"Cannot write into the store {self.root}: change its permissions or give another --store.")
 
-    def path(self, t, suffix=".json"): return self.root/t.stage/f"{t.key}{suffix}"
-    def __repr__(self): return f"Store({self.root.name}, {sum(1 for _ in self.root.glob('*/*.json'))} records)"
+    def path(self, t, suffix=".json"):
+        return self.root/t.stage/f"{t.key}{suffix}"
+
+    def __repr__(self):
+        return f"Store({self.root.name}, {sum(1 for _ in self.root.glob('*/*.json'))} records)"
 
     @contextmanager
     def lock(self, t):
         "Hold a task while it is computed"
-        path = self.path(t, ".lock"); path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path): yield
-        with suppress(OSError): path.unlink()
+        path = self.path(t, ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path):
+            yield
+        with suppress(OSError):
+            path.unlink()
 
 # %% ../../nbs/run/3_store.ipynb #d75634cc
 def _read(path):
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    "A record, or None where there is none that can be read"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 @patch
 def record(self:Store,
@@ -82,27 +97,40 @@ def record(self:Store,
 ) -> dict|None: # None if it is not stored
     "The record of a task"
     r = _read(self.path(t))
-    if r and tensors and r["bytes"] and not self.path(t, ".safetensors").exists(): return None
-    return r
+    gone = r and tensors and r["bytes"] and not self.path(t, ".safetensors").exists()
+    return None if gone else r
 
 @patch
 def tensors(self:Store,
     t:Task,
 ) -> dict: # name -> array
     "The tensors of a stored task"
-    try: return load_file(self.path(t, ".safetensors"))
+    path = self.path(t, ".safetensors")
+    try:
+        return load_file(path)
     except (OSError, SafetensorError) as e:
-        self.drop(t); raise BadInput(f"{self.path(t, '.safetensors')} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
+        self.drop(t)
+        raise BadInput(f"{path} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
 
 @patch
 def load(self:Store,
-    stage:str, # a key of `STAGES`
+    stage:str, # its name
     key:str,
 ) -> dict: # name -> array
     "The tensors under a key"
     return load_file(self.root/stage/f"{key}.safetensors")
 
 # %% ../../nbs/run/3_store.ipynb #e299db4d
+def _save(arrays, path):
+    "Write arrays in one atomic step: bytes"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole(path) as aside:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, aside)
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"Cannot write {path}: {e}; make room or give another --store.") from None
+    return path.stat().st_size
+
 @patch
 def put(self:Store,
     t:Task,
@@ -111,15 +139,14 @@ def put(self:Store,
     **about, # seconds, hardware, ...
 ) -> dict: # the record
     "Store the result of a task, tensors first, record last"
-    path, size = self.path(t, ".safetensors"), 0
-    if tensors:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part"); path.parent.mkdir(parents=True, exist_ok=True)
-        try: save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, part); size = part.stat().st_size; os.replace(part, path)
-        except (OSError, SafetensorError) as e: part.unlink(missing_ok=True); raise BadInput(f"Cannot write {path}: {e}; make room or give another --store.") from None
-    r = dict(stage=t.stage, key=t.key, dataset=t.cfg.dataset, category=t.cfg.category, profile=t.cfg.profile, method=t.cfg.method, seed=t.cfg.seed,
-             custom=list(t.custom), config=asdict(t.cfg), made_from=t.about, bytes=size, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"), versions=versions(), **about, values=values)
-    write_json(r, self.path(t), "--store")
-    with open(self.root/"journal.txt", "a") as f: f.write(f"{r['written']} {t.stage} {t.key} {t.cfg.dataset}/{t.cfg.category} seed {t.cfg.seed} {about.get('seconds', 0):.2f} s\n")
+    c, size = t.cfg, _save(tensors, self.path(t, ".safetensors")) if tensors else 0
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    who = dict(dataset=c.dataset, category=c.category, profile=c.profile, method=c.method, seed=c.seed, custom=list(t.custom))
+    r = dict(stage=t.stage, key=t.key, **who, config=asdict(c), made_from=t.about, bytes=size, written=now, versions=versions())
+    write_json(r | about | dict(values=values), self.path(t), "--store")
+    line = f"{now} {t.stage} {t.key} {c.dataset}/{c.category} seed {c.seed} {about.get('seconds', 0):.2f} s\n"
+    with open(self.root/"journal.txt", "a") as f:
+        f.write(line)
     return self.record(t)
 
 # %% ../../nbs/run/3_store.ipynb #287d22d1
@@ -130,13 +157,15 @@ def drop(self:Store,
 ) -> int: # bytes freed
     "Remove a stored task"
     stage, key = (t["stage"], t["key"]) if isinstance(t, dict) else (t.stage, t.key)
-    paths = [self.root/stage/f"{key}{s}" for s in ((".json", ".safetensors") if record else (".safetensors",))]
-    freed = sum(p.stat().st_size for p in paths if p.exists())
-    for p in paths: p.unlink(missing_ok=True)
+    suffixes = (".json", ".safetensors") if record else (".safetensors",)
+    paths = [p for s in suffixes if (p := self.root/stage/f"{key}{s}").exists()]
+    freed = sum(p.stat().st_size for p in paths)
+    for p in paths:
+        p.unlink(missing_ok=True)
     return freed
 
 @patch
-def records(self:Store) -> list: # of dicts, by stage and time
+def records(self:Store) -> list: # of dicts, by time
     "All stored records"
-    found = [r for p in sorted(self.root.glob("*/*.json")) if p.parent.name in STAGES and (r := _read(p))]
-    return sorted(found, key=lambda r: (list(STAGES).index(r["stage"]), r["written"]))
+    found = [r for p in self.root.glob("*/*.json") if (r := _read(p)) and "key" in r]
+    return sorted(found, key=lambda r: (r["written"], r["key"]))
