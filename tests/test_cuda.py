@@ -13,6 +13,7 @@ from tocoad.measure import metrics
 from tocoad.method import halving
 from tocoad.paper import tour
 from tocoad.run import compare, config, stages, store as store_room
+from tocoad.systems import tocoad as tocoad_room
 from tocoad.data.images import crop, textures, to_float
 from tocoad.data.load import load
 from tocoad.method import memory
@@ -74,8 +75,8 @@ def far(x, y): return ((x.cpu().double() - y.cpu().double()).norm()/y.cpu().doub
 def parts(device, **changes):
     "Settings of the smoke profile, F, D, G and C on a device"
     c = config.resolved(config.config("smoke", **changes))
-    F, D = stages.make_networks(c, device)
-    return c, F, D, stages.make_generator(c, device=device), stages.make_contrast(c, F)
+    F, D = tocoad_room.make_networks(c, device)
+    return c, F, D, tocoad_room.make_generator(c, device=device), tocoad_room.make_contrast(c, F)
 
 
 @DEVICES
@@ -307,7 +308,7 @@ def test_waiting_is_an_error(device):
 @pytest.mark.parametrize("generator", ["perlin", "cutpaste", "nsa"])
 def test_no_wait_in_a_step_of_stage_1(device, images, generator):
     c, F, D, G, _ = parts(device, generator=generator)
-    I, loss = to_float(crop(images[:4], SIZE)).to(device), stages._loss(c.loss1, c, {})
+    I, loss = to_float(crop(images[:4], SIZE)).to(device), tocoad_room._loss(c.loss1, c, {})
     step = partial(train_step, F.requires_grad_(False), D, G, I, new(), loss, torch.optim.Adam(D.train().parameters()))
     step()                                                                   # the first one makes Adam's state
     with strict(device): losses = torch.stack([step() for _ in range(2)])
@@ -354,8 +355,8 @@ def test_little_memory_halves_the_images(device, monkeypatch, caplog):
     c, F, _, _, _ = parts(device, size=256, resize=256)
     x = load(None, "mini", "washer", 256).train.images[:32].repeat(2, 1, 1, 1)
     if device == "cpu": x = x[:12]
-    expected = stages.embed_batch(F, x[:2], c).cpu()
-    with room(device, lambda i: stages.embed_batch(F, i, c).cpu(), 300, 6) as f, caplog.at_level(logging.WARNING):
+    expected = tocoad_room.embed_batch(F, x[:2], c).cpu()
+    with room(device, lambda i: tocoad_room.embed_batch(F, i, c).cpu(), 300, 6) as f, caplog.at_level(logging.WARNING):
         found, fits = halving.halving(f, x, len(x))
     assert fits < len(x) and len(found) == len(x) and "memory ran out" in caplog.text
     assert far(found[:2], expected) < MAPS["fp32"]

@@ -6,7 +6,8 @@ import pytest
 from tocoad.run import config
 from tocoad.run.compare import function_of
 from tocoad.data.load import load
-from tocoad.run.keys import STAGES, fingerprint, reach, sources
+from tocoad.run.keys import STAGES
+from tocoad.run.source import fingerprint, reach, sources
 
 NOW = sources()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from nbconvert.filters import markdown2html
 from tocoad.paper.gaps import SECTIONS, gap, gaps
-from tocoad.run.config import PROFILES, Config
+from tocoad.run.config import PROFILES
+from tocoad.systems.settings import Config
 
 ROOT = Path(__file__).parents[1]
 LIST = ROOT/"nbs"/"paper"/"gaps.ipynb"

@@ -7,6 +7,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from tocoad.run import compare, config as config_room, stages
+from tocoad.systems import tocoad as tocoad_room
 from tocoad.method import features
 from tocoad.data.mini import write_mini
 from tocoad.data.load import load
@@ -29,7 +30,7 @@ TINY = dict(resize=64, size=64, epochs1=1, epochs2=1, width=32, batch=8)
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))
 def test_every_variant_trains_and_changes_f(washer, change):
     cfg = config("smoke", **TINY | change)
-    F, log = stages.train(cfg, washer.train.images[:8], "two_stage", progress=False)
+    F, log = tocoad_room.train(cfg, washer.train.images[:8], "two_stage", progress=False)
     start = features.Features()
     assert features.state_hash(F) != features.state_hash(start) and not F.training
     assert all(np.isfinite(v) for e in log["stage2"] for v in e.values()) and 0 <= log["discriminator_auroc"] <= 1
@@ -45,8 +46,8 @@ def test_a_setting_reaches_what_it_names_and_nothing_before(washer, change, what
     base = config("smoke", **TINY | dict(resize=96) | {k: change[k] for k in ("generator", "contrast", "epochs2") if k in change})
     def trained(cfg):
         c = config_room.resolved(cfg)
-        one = stages.stage1(c, washer, [], {}, "cpu", False)
-        return one[1], stages.stage2(c, washer, [one], {}, "cpu", False)[1]
+        one = tocoad_room.stage1(c, washer, [], {}, "cpu", False)
+        return one[1], tocoad_room.stage2(c, washer, [one], {}, "cpu", False)[1]
     washer = replace(washer, train=load(None, "mini", "washer", size=96).train[:8])
     (D, F), (D_new, F_new) = trained(base), trained(base.replace(**change))
     same = lambda a, b: all(np.array_equal(a[k], b[k]) for k in a)
@@ -62,7 +63,7 @@ def test_readers_settings_reach_the_images():
 
 def test_the_image_score_may_be_the_maximum_of_the_map(washer):
     scores = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
-    a, b = (stages.maps_of(scores, config("smoke", **TINY | dict(image_score=k))) for k in ("patches", "map"))
+    a, b = (tocoad_room.maps_of(dict(patch_scores=scores), config("smoke", **TINY | dict(image_score=k))) for k in ("patches", "map"))
     assert np.array_equal(a[0], scores.max((1, 2))) and np.array_equal(b[0], b[1].max((1, 2))) and np.array_equal(a[1], b[1])
 
 
@@ -70,7 +71,7 @@ def test_coreset_settings_reach_the_memory(washer):
     idx = {}
     for name, change in dict(plain={}, projected=dict(project=8), starts=dict(starts=5)).items():
         c = config_room.resolved(config("smoke", **TINY | change))
-        idx[name] = stages.memory(c, washer, [], {}, "cpu", False)[1]["idx"].tolist()
+        idx[name] = tocoad_room.memory(c, washer, [], {}, "cpu", False)[1]["idx"].tolist()
     assert len({tuple(v) for v in idx.values()}) == 3 and len({len(v) for v in idx.values()}) == 1
 
 
@@ -79,32 +80,32 @@ def test_the_category_decides_where_the_settings_say_so(category, rotate, gradie
     for profile in ("literal", "paper", "laptop"):
         c = config_room.resolved(config(profile, category=category))
         assert (c.rotate, c.gradients) == ("both" if profile == "literal" else rotate, gradients)
-        assert stages.make_generator(c.replace(generator="nsa")).gradients == gradients
-    G = stages.make_generator(config_room.resolved(config("laptop", category=category)))
+        assert tocoad_room.make_generator(c.replace(generator="nsa")).gradients == gradients
+    G = tocoad_room.make_generator(config_room.resolved(config("laptop", category=category)))
     assert G.rotate == rotate and G.label == "changed"
-    assert stages.make_generator(config_room.resolved(config("literal", textures="embedded"))).label == "full"
+    assert tocoad_room.make_generator(config_room.resolved(config("literal", textures="embedded"))).label == "full"
 
 
 def test_bfloat16_changes_little_and_compilation_is_asked_for(washer, monkeypatch):
     cfg = config("smoke", **TINY)
-    both = [stages.train(cfg.replace(precision=p), washer.train.images[:8], "two_stage", progress=False) for p in ("fp32", "bf16")]
+    both = [tocoad_room.train(cfg.replace(precision=p), washer.train.images[:8], "two_stage", progress=False) for p in ("fp32", "bf16")]
     first = [[log[k][0][v] for k, v in (("stage1", "L_dis"), ("stage2", "L_neg"))] for _, log in both]
     np.testing.assert_allclose(*first, rtol=.05)
     assert first[0] != first[1] and all(p.dtype == torch.float32 for F, _ in both for p in F.parameters())
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(type(self).__name__))
-    stages.make_networks(cfg); stages.make_networks(cfg.replace(compile=True))
+    tocoad_room.make_networks(cfg); tocoad_room.make_networks(cfg.replace(compile=True))
     assert asked == ["Features", "Discriminator"]
 
 
 def test_too_little_memory_halves_the_batch_and_changes_nothing(washer, monkeypatch, caplog):
     cfg, F = config("smoke", **TINY), features.Features()
-    whole, forward = stages.embed(F, washer.test.images, cfg), features.Features.forward
+    whole, forward = tocoad_room.embed(F, washer.test.images, cfg), features.Features.forward
     def cramped(self, x):
         if len(x) > 4: raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, x)
     monkeypatch.setattr(features.Features, "forward", cramped)
-    torch.testing.assert_close(stages.embed(F, washer.test.images, cfg), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tocoad_room.embed(F, washer.test.images, cfg), whole, rtol=1e-4, atol=1e-4)
     assert [r.getMessage() for r in caplog.records][-1] == "memory ran out: going on with 4 images at a time"
 
 
@@ -117,7 +118,7 @@ def test_variants_with_the_same_seed_share_their_frozen_row(washer):
 @pytest.mark.parametrize("patches,dims", [("mean", None), ("patchcore", 64)])
 def test_scores(washer, scorer, patches, dims):
     cfg = config("smoke", **TINY | dict(scorer=scorer, patches=patches, dims=dims))
-    image, maps = stages.score(features.Features(), washer, cfg)
+    image, maps = tocoad_room.score(features.Features(), washer, cfg)
     assert image.shape == (len(washer.test),) and maps.shape == (len(washer.test), 64, 64) and np.isfinite(maps).all() and (image > 0).all()
 
 
@@ -125,15 +126,15 @@ def test_scores_agree_with_scikit_learn(washer):
     "The image score of a full memory is the largest nearest-neighbour distance that scikit-learn finds"
     cfg = config("smoke", **TINY | dict(coreset=1.))
     F = features.Features()
-    image, _ = stages.score(F, washer, cfg)
-    X, Q = (stages.embed(F, s.images, cfg) for s in (washer.train, washer.test))
+    image, _ = tocoad_room.score(F, washer, cfg)
+    X, Q = (tocoad_room.embed(F, s.images, cfg) for s in (washer.train, washer.test))
     reference = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(X.flatten(0, 1).double().numpy()).kneighbors(Q.flatten(0, 1).double().numpy())[0]
     np.testing.assert_allclose(image, reference.reshape(Q.shape[:2]).max(1), rtol=1e-4)
 
 
 def test_batch_size_does_not_change_scores(washer):
     cfg, F = config("smoke", **TINY), features.Features()
-    a, b = (stages.embed(F, washer.test.images, cfg, batch=n) for n in (1, 32))
+    a, b = (tocoad_room.embed(F, washer.test.images, cfg, batch=n) for n in (1, 32))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -143,6 +144,6 @@ def test_bottle_frozen(real, norm, pixel):
     cfg = config("laptop", category="bottle", norm=norm)
     data = load(real/"mvtec_ad", "mvtec_ad", "bottle")
     assert (len(data.train), int((~data.test.labels).sum()), int(data.test.labels.sum())) == (209, 20, 63)
-    F, _ = stages.train(cfg, data.train.images[:1], "frozen")
-    m = stages.judge(data, *stages.score(F, data, cfg))
+    F, _ = tocoad_room.train(cfg, data.train.images[:1], "frozen")
+    m = tocoad_room.judge(data, *tocoad_room.score(F, data, cfg))
     assert m["image_auroc"] >= .999 and m["pixel_auroc"] >= pixel

@@ -10,11 +10,13 @@ from tocoad.data import load
 from tocoad.method import perlin
 from tocoad.paper import plan, published, regenerate, report, rows, sheets
 from tocoad.run import compare, config, keys, stages
+from tocoad.systems import tocoad as tocoad_room
 from tocoad.cli import main
 from tocoad.data.images import textures
 from tocoad.data.mini import write_mini
 from tocoad.data.trees import write_layout
-from tocoad.run.keys import STAGES, fingerprint, sources
+from tocoad.run.keys import STAGES
+from tocoad.run.source import fingerprint, sources
 from tocoad.run.store import Store
 from tocoad.paper.report import Results
 
@@ -209,7 +211,7 @@ def test_components_are_part_of_the_key_and_stay_as_they_are(tmp_path):
     assert set(first.stages.query("method == 'tinted' and computed").stage) == {"stage2", "memory", "scores", "metrics"}
     assert set(first.stages.query("method == 'sharp' and computed").stage) == {"metrics"}
     assert views.tint.detach().eq(1).all() and not compare.compare(cfg, methods=variants, data=data, progress=False, store=store).stages.computed.any()
-    again = stages.judge(data, first.image["sharp"][0], first.maps["sharp"][0])
+    again = tocoad_room.judge(data, first.image["sharp"][0], first.maps["sharp"][0])
     assert again["pixel_auroc"] == first.rows.query("method == 'sharp'").pixel_auroc.item(), "the maps are those of the method"
     assert {tuple(r["custom"]) for r in store.records()} == {(), ("views",)}
     opaque = compare.tasks(cfg, data, dict(generator=perlin.Perlin(textures=textures(limit=4), beta=(0, .1))))["stage1"]

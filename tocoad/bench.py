@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from .data.errors import BadInput
-from .run.keys import PACKAGE
+from .run.source import PACKAGE
 from .paper.regenerate import run_notebook
 
 # %% ../nbs/bench.ipynb #20dfb269

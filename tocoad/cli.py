@@ -142,7 +142,8 @@ def settle(
     a, # parsed options of `run`
 ): # Config
     "The `Config` that the options describe; BadInput if they do not fit"
-    from tocoad.run.config import ask_for_textures, config, settings
+    from tocoad.run.config import config, settings
+    from tocoad.systems.settings import ask_for_textures
     from tocoad.data.errors import BadInput
     mini = a.root is None
     profile = a.profile or ("smoke" if mini else "laptop")
@@ -322,7 +323,8 @@ def settle_own(
         if a.maps < 0: raise BadInput(f"--maps {a.maps}: give 0 or more.")
         if a.batch is not None and a.batch < 1: raise BadInput(f"--batch {a.batch}: give 1 or more.")
         return None
-    from tocoad.run.config import ask_for_textures, config, settings
+    from tocoad.run.config import config, settings
+    from tocoad.systems.settings import ask_for_textures
     changes = settings(a.set)
     if (own := {"profile", "seed", "method", "dataset", "category"} & set(changes)): raise BadInput(f"--set {own.pop()}=...: use --profile, --seed and --stages; a folder of your own has no data set and category.")
     if (idle := {"shorter", "mask", "curve", "image_score"} & set(changes)): raise BadInput(f"--set {idle.pop()}=...: it speaks of a test set with masks; own parts are squeezed to a square and judged by their worst patch.")

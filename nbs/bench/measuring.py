@@ -29,13 +29,14 @@ import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from tocoad.run import stages
+from tocoad.systems import tocoad as tocoad_room
 from tocoad.data.load import load as load_images
 from tocoad.method.features import arithmetic
 from tocoad.method.finetune import finetune
 from tocoad.method.pretrain import pretrain
 from tocoad.data.errors import BadInput
 from tocoad.run.keys import hardware, versions
-from tocoad.run.config import resolved
+from tocoad.systems.settings import resolved
 from tocoad.run.store import write_json
 from tocoad.paper.drawing import GREY, HUES, INK
 
@@ -321,12 +322,12 @@ def plot(results, heading="", judged=True):
 
 def _loop(stage, c, images, device):
     "A stage's training loop with its networks: function of (epochs, seed)"
-    (F, D), G = stages.make_networks(c, device), stages.make_generator(c, device=device)
+    (F, D), G = tocoad_room.make_networks(c, device), tocoad_room.make_generator(c, device=device)
     shared = dict(batch=c.batch, size=c.size, progress=False)
     if stage == "stage1":
-        loss = stages._loss(c.loss1, c, {})
+        loss = tocoad_room._loss(c.loss1, c, {})
         return lambda n, seed: pretrain(F, D, G, images, n, lr=c.lr1, loss=loss, bn=c.bn1, seed=seed, **shared)
-    C, loss = stages.make_contrast(c, F), stages._loss(c.loss, c, {})
+    C, loss = tocoad_room.make_contrast(c, F), tocoad_room._loss(c.loss, c, {})
     shared |= dict(lr=c.lr2, lr_head=c.lr_head, lam=c.lam, loss=loss, bn=c.bn2, freeze=c.freeze, view_of=c.view_of,
                    train_d=c.train_d)
     return lambda n, seed: finetune(F, C, images, D, G, n, seed=seed, **shared)

@@ -16,7 +16,7 @@ import pandas as pd
 from . import published
 from .published import CATEGORIES
 from ..data.errors import BadInput
-from ..run.config import Config, resolved
+from ..systems.settings import Config, resolved
 from ..run.store import Store, default_store
 from ..run.keys import chain
 from . import plan, report, rows as rows_room, sheets

@@ -19,7 +19,8 @@ from . import published
 from .published import CATEGORIES
 from .report import groups_of
 from .rows import FROZEN, GALLERIES, HALF, TOURS, TWO_STAGE, control, rows
-from ..run.config import ask_for_textures, config, settings
+from ..run.config import config, settings
+from ..systems.settings import ask_for_textures
 from ..run.keys import STAGES, chain, computed_by, scored, task
 from ..run.store import Store
 from ..systems.settings import shared

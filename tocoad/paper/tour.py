@@ -15,10 +15,10 @@ from ..data.images import Category, crop, to_float
 from ..method.perlin import Perlin, pick_textures, rotate, turn, turned_noise
 from ..method.pretrain import stream
 from ..run.compare import describe, tasks, weights_id
-from ..run.config import Config, resolved
+from ..systems.settings import Config, resolved
 from ..run.keys import Task, task
-from ..run.stages import (
-    _extractor, _fill, _loss, embed, make_generator, make_networks, make_views, maps_of, two_views, unit)
+from ..run.stages import unit
+from ..systems.tocoad import _extractor, _fill, _loss, embed, make_generator, make_networks, make_views, maps_of, two_views
 
 # %% ../../nbs/paper/tour.ipynb #85fce1f3
 def _bytes(x): return (x.detach().float().clamp(0, 1)*255).round().byte().cpu().numpy()
@@ -176,7 +176,7 @@ def _tour_scores(c, data, frozen_scores, tuned_scores, k):
     bad = patch_labels(masks, tuned_scores.shape[1:])
     for name, s in dict(frozen=frozen_scores, tuned=tuned_scores).items():
         out[f"{name}_histogram"], values[f"{name}_above"] = histograms(s, labels, bad)
-        out[f"{name}_map"] = unit(maps_of(s, c)[1], labels)[k].astype(np.float16)
+        out[f"{name}_map"] = unit(maps_of(dict(patch_scores=s), c)[1], labels)[k].astype(np.float16)
     return values, out | dict(I_t=crop(data.test.images, c.size)[k].numpy(), y=masks[k].numpy(), bad=bad[k], distances=tuned_scores[k].astype(np.float16))
 
 # %% ../../nbs/paper/tour.ipynb #e183c559

@@ -15,7 +15,7 @@ MOVED = 1. # points between the best epoch and the last
 def became(
     log:list, # of stage II: a dict an epoch, with L_sym and lr
     layers=(), # spread of F's layers before stage II and after each epoch, dicts
-    curve=(), # metrics in [0, 1] of copies of F on the way: dicts with epoch, from `stages.curve`
+    curve=(), # metrics in [0, 1] of copies of F on the way: dicts with epoch, from `systems.tocoad.curve`
     printed:bool=False, # L_sym is Eq. 5 as printed, twice the mean
 ) -> str|None: # None: too few epochs to say
     "What became of a training run: rate 0, did not learn, collapsed, too long, too short, or learned"

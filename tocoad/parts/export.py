@@ -27,7 +27,7 @@ from ..method.memory import Memory, patch_features
 from ..method.pretrain import seeded
 from .fit import Detector
 from ..data.errors import BadInput
-from ..run.config import Config
+from ..systems.settings import Config
 
 # %% ../../nbs/parts/3_export.ipynb #5d7bb0c3
 @contextmanager

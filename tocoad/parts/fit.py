@@ -24,7 +24,7 @@ from scipy.stats import beta
 from tqdm.auto import tqdm
 
 from ..data.images import SUFFIXES, fingerprint, read_image
-from ..run.stages import embed, embed_batch, train
+from ..systems.tocoad import embed, embed_batch, train
 from ..run.compare import find_device
 from ..method.coreset import coreset
 from ..method.features import Features
@@ -32,8 +32,9 @@ from ..method.halving import halving
 from ..method.memory import SCORERS, Memory, anomaly_maps
 from ..method.pretrain import stream
 from ..data.errors import BadInput, one_of, printable
-from ..run.config import Config
-from ..run.keys import code_hash, hardware, versions
+from ..systems.settings import Config
+from ..run.keys import hardware, versions
+from ..run.source import code_hash
 
 # %% ../../nbs/parts/1_fit.ipynb #c271d52f
 def find_images(

@@ -30,7 +30,8 @@ from ..data.images import SUFFIXES, open_image, read_image, rgb
 from ..method.halving import halving
 from .fit import Detector, _folder, _many, decoded, find_images
 from ..data.errors import BadInput, printable
-from ..run.keys import code_hash, hardware, versions
+from ..run.keys import hardware, versions
+from ..run.source import code_hash
 from ..run.store import write_json
 
 # %% ../../nbs/parts/2_score.ipynb #9127c33b

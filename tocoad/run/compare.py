@@ -27,7 +27,7 @@ from ..method.contrast import CONTRASTS, PREDICTORS
 from ..method.discriminator import LOSSES
 from ..method.memory import PATCHES, SCORERS
 from ..method.weights import BACKBONES, file_sha256, weights_path
-from .config import ask_for_textures
+from ..systems.settings import ask_for_textures
 from .keys import Task, chain, hardware, scored, versions
 from .source import check_loaded, code_hash, source_of
 from .store import Store
