@@ -4,10 +4,12 @@ from types import SimpleNamespace
 import pytest
 
 from tocoad.run import config
-from tocoad.run.compare import function_of
 from tocoad.data.load import load
 from tocoad.run.keys import STAGES
 from tocoad.run.source import fingerprint, reach, sources
+
+from tocoad.systems.system import find
+from tocoad.systems.tocoad import maps_of
 
 NOW = sources()
 
@@ -37,7 +39,7 @@ def test_cropping_moves_every_key_and_decoding_those_that_read_textures():
 
 def test_no_stage_reaches_a_reader():
     for stage in STAGES.values():
-        assert not {r for r in reach(stage.function, NOW)[1] if r.startswith("data.")}
+        assert {r for r, _ in reach(stage.function, NOW) if r.startswith("data.")} <= {"data.images", "data.errors"}
 
 
 class Fields(SimpleNamespace):
@@ -53,7 +55,10 @@ def test_stages_read_fields_of_the_data_and_run_none_of_its_code():
     washer = load(category="washer", size=64)
     parts = {k: Fields(**{f: getattr(getattr(washer, k), f) for f in fields}) for k in ("train", "test")}
     data, got = SimpleNamespace(dataset="mini", name="washer", **parts), {}
-    def run(stage, *needs): return function_of(stage)(c, data, [got[n] for n in needs], {}, "cpu", False)
+    def read(x): return x[0], dict(zip(("image", "maps"), maps_of(x[1], c), strict=True))
+    def run(stage, *needs):
+        left = [read(got[n]) if STAGES[stage].judges else got[n] for n in needs]
+        return find(STAGES[stage].function)(c, data, left, {}, "cpu", False)
     for name, stage, *needs in (
             ("stage1", "stage1"), ("stage2", "stage2", "stage1"), ("alone", "contrastive"), ("M", "memory", "stage2"),
             ("s", "scores", "M", "stage2"), ("M0", "memory"), ("s0", "scores", "M0"), ("metrics", "metrics", "s"),
