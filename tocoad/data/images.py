@@ -113,6 +113,7 @@ def open_image(
         why = getattr(e, "strerror", None) or str(e).split("\n")[0] or type(e).__name__
     raise BadInput(f"{path} cannot be read as an image ({why}): replace it or take it out")
 
+# %% ../../nbs/data/1_images.ipynb #6bc51bfc
 def read_image(
     path: Path|str, # an image file
     size: int = 256, # side of the square, pixels
@@ -154,7 +155,7 @@ DECODERS = upright, rgb, square, _whole, open_image, read_image, binary, covered
 
 # %% ../../nbs/data/1_images.ipynb #5fc15b91
 def _pixels(x):
-    x = torch.as_tensor(x).detach().cpu()
+    x = (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))).detach().cpu()
     if x.ndim == 3 and x.shape[0] in (1, 3):
         x = x.permute(1, 2, 0).squeeze(-1)
     return (x.float().clamp(0, 1) if x.is_floating_point() and x.ndim == 3 else x).numpy()
@@ -298,6 +299,7 @@ def photo(name: str) -> Image.Image: # a function of `skimage.data`
     import skimage.data
     return Image.fromarray(getattr(skimage.data, name)())
 
+# %% ../../nbs/data/1_images.ipynb #790cf011
 @lru_cache(2)
 def _embedded(size, each=8):
     out, rng = [], np.random.default_rng(0)

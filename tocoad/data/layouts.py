@@ -237,6 +237,29 @@ LAYOUTS = {
                     "<category>/train/good, test/good, test/<defect>"),
     "folder": Layout(holding("good", lack=("train", "Data")), read_folder, "<category>/good, <category>/<defect>")}
 
+# %% ../../nbs/data/2_layouts.ipynb #79009c4f
+def _elsewhere(root, layouts):
+    "BadInput where a category was given instead of the folder that holds it"
+    here = root.resolve()
+    if any(here.name in LAYOUTS[k].find(here.parent) for k in layouts if k != "folder"):
+        raise BadInput(f"{here} is itself a category: give root={str(here.parent)!r} and category={here.name!r}")
+
+def _why(root, dataset, layouts, found):
+    "Why a folder holds no data set, or more than one"
+    if found:
+        ways = ", ".join(f"{v[0]} as {k}" for k, v in found.items())
+        return f"categories laid out in several ways ({ways}): name the data set, or move one kind elsewhere"
+    if shut := [d for d in folders(root) if not os.access(d, os.R_OK | os.X_OK)]:
+        return f"{shut[0].name}, which cannot be read (Permission denied): change its permissions"
+    return (f"no category{f' of {title(dataset)}' if dataset else ''} that can be read: give as root the folder that "
+            f"holds {'; '.join(LAYOUTS[k].tree for k in layouts)}")
+
+# %% ../../nbs/data/2_layouts.ipynb #79009c52
+def _set_of(layout, names):
+    "The data set that has these categories"
+    fits = [k for k, d in DATASETS.items() if layout in (d.layouts or ()) and {*names} <= {*d.categories}]
+    return layout if layout in DATASETS else fits[0] if fits else "own"
+
 # %% ../../nbs/data/2_layouts.ipynb #ca8f7a55
 class Found(NamedTuple):
     "What a folder holds."
@@ -264,29 +287,7 @@ def recognise(
     [(layout, names)] = found.items()
     return Found(dataset or _set_of(layout, names), layout, names)
 
-# %% ../../nbs/data/2_layouts.ipynb #79009c4f
-def _elsewhere(root, layouts):
-    "BadInput where a category was given instead of the folder that holds it"
-    here = root.resolve()
-    if any(here.name in LAYOUTS[k].find(here.parent) for k in layouts if k != "folder"):
-        raise BadInput(f"{here} is itself a category: give root={str(here.parent)!r} and category={here.name!r}")
-
-def _why(root, dataset, layouts, found):
-    "Why a folder holds no data set, or more than one"
-    if found:
-        ways = ", ".join(f"{v[0]} as {k}" for k, v in found.items())
-        return f"categories laid out in several ways ({ways}): name the data set, or move one kind elsewhere"
-    if shut := [d for d in folders(root) if not os.access(d, os.R_OK | os.X_OK)]:
-        return f"{shut[0].name}, which cannot be read (Permission denied): change its permissions"
-    return (f"no category{f' of {title(dataset)}' if dataset else ''} that can be read: give as root the folder that "
-            f"holds {'; '.join(LAYOUTS[k].tree for k in layouts)}")
-
-def _set_of(layout, names):
-    "The data set that has these categories"
-    fits = [k for k, d in DATASETS.items() if layout in (d.layouts or ()) and {*names} <= {*d.categories}]
-    return layout if layout in DATASETS else fits[0] if fits else "own"
-
-# %% ../../nbs/data/2_layouts.ipynb #79009c50
+# %% ../../nbs/data/2_layouts.ipynb #da7f66d7
 def categories(
     root: Path|str|None = None, # holds the categories' folders; None: the embedded mini data set
     dataset: str|None = None, # a key of `DATASETS`; None: recognised

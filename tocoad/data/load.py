@@ -52,7 +52,8 @@ _SAID = (dict.fromkeys(_GREY, "grey: the value is repeated in three channels")
 
 def _modes(about):
     said = Counter(_SAID.get(mode, f"{mode}: converted to RGB without a colour profile") for *_, mode in about)
-    return [f"{'all' if n == len(about) else f'{n} of {len(about)}'} images are {what}" for what, n in said.items() if what]
+    part = lambda n: "all" if n == len(about) else f"{n} of {len(about)}"
+    return [f"{part(n)} images are {what}" for what, n in said.items() if what]
 
 def _sizes(about, size, shorter):
     sizes = sorted({tuple(a[:2]) for a in about})
