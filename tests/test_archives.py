@@ -1,7 +1,6 @@
 "Data sets listed, fetched, checked and unpacked: what servers, packers and disks do wrong"
 import functools
 import hashlib
-import io
 import shutil
 import subprocess
 import sys
@@ -157,15 +156,11 @@ def test_a_wrong_hash_unpacks_nothing(fake, server, tmp_path):
     assert mine.exists() and tree(tmp_path/"d") == {}
 
 
-def test_md5_is_checked_too_and_no_value_is_told(fake, server, mini, tmp_path, monkeypatch, capsys):
+def test_md5_is_checked_too(fake, server, mini, tmp_path, monkeypatch):
     monkeypatch.setitem(KNOWN, "fake", fake._replace(hash=f"md5:{hashlib.md5(server.file.read_bytes()).hexdigest()}"))
     whole(mini, get("fake", to=tmp_path/"a", accept=True))
     monkeypatch.setitem(KNOWN, "fake", fake._replace(hash=f"md5:{'0' * 32}"))
     refused(lambda: get("fake", to=tmp_path/"b", accept=True), "MD5", "0" * 32)
-    monkeypatch.setitem(KNOWN, "fake", fake._replace(hash=""))
-    capsys.readouterr()
-    get("fake", to=tmp_path/"c", accept=True)
-    assert f"sha256 {fake.hash[7:]}, with no known value" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "partly"])
@@ -177,16 +172,13 @@ def test_what_stands_there_is_not_touched(fake, what, tmp_path):
     else:
         (at/("plug" if what == "partly" else "other")).mkdir(parents=True)
     before = tree(tmp_path)
-    says = {"partly": "lacks washer", "file": "a file", "folder": "without any"}[what]
+    says = "lacks washer" if what == "partly" else "lacks plug, washer"
     refused(lambda: get("fake", to=tmp_path/"d", accept=True), "is there already", says)
     assert tree(tmp_path) == before
 
 
-def test_an_unknown_name_and_the_archive_of_another_set(fake, server, tmp_path, monkeypatch):
+def test_an_unknown_name(tmp_path):
     refused(lambda: get("mvtec", to=tmp_path/"d", accept=True), "mvtec_ad")
-    monkeypatch.setitem(KNOWN, "fake", fake._replace(folders=("bottle", "cable")))
-    refused(lambda: get("fake", archive=server.file, to=tmp_path/"d", accept=True), "bottle, cable", "another data set")
-    assert tree(tmp_path/"d") == {}
 
 
 def test_the_sums_that_get_wrote(fake, tmp_path):
@@ -216,20 +208,20 @@ def test_nobody_there(fake, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port/x", f"http://{'a' * 70}.invalid/x"])
 def test_addresses_that_are_none(url, tmp_path):
-    refused(lambda: fetch(url, tmp_path/"x"), url[:12])
+    refused(lambda: fetch(url, tmp_path/"x", "md5:0"), url[:12])
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://h/x", "nonsense"])
 def test_other_kinds_of_address(url, tmp_path):
-    refused(lambda: fetch(url, tmp_path/"x"), "no http or https address")
+    refused(lambda: fetch(url, tmp_path/"x", "md5:0"), "no http or https address")
 
 
 # Disks
 
 def test_space_is_asked_for_first(fake, server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
-    refused(lambda: get("fake", to=tmp_path/"d", accept=True), "fake needs 25.0kB", "free some space", "--to")
-    refused(lambda: get("fake", archive=server.file, to=tmp_path/"d", accept=True), "fake needs", "free some space")
+    refused(lambda: get("fake", to=tmp_path/"d", accept=True), "it needs 25.0kB", "free some space", "--to")
+    refused(lambda: get("fake", archive=server.file, to=tmp_path/"d", accept=True), "it needs", "free some space")
     assert not server.asked and tree(tmp_path/"d") == {}
 
 
@@ -249,7 +241,8 @@ def test_a_full_disk_while_unpacking(mini, tmp_path, suffix, monkeypatch):
     some = lambda *x, **k: full() if len(n) > 4 else n.append(1) or copy(*x, **k)
     monkeypatch.setattr(shutil, "copyfileobj", some)
     monkeypatch.setattr(tarfile, "copyfileobj", lambda s, d, *x, **k: some(s, d))
-    refused(lambda: unpack(a, tmp_path/"out", WANT), "No space left on device", "free some space")
+    with pytest.raises(OSError, match="No space left on device: .*out"):
+        unpack(a, tmp_path/"out", WANT)
     assert n and tree(tmp_path) == before
 
 
@@ -259,15 +252,16 @@ def test_a_disk_that_is_really_full(mini, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        refused(lambda: unpack(packed(mini, tmp_path/"a.tar.xz"), small/"out", WANT), "No space left on device")
+        with pytest.raises(OSError, match="No space left on device"):
+            unpack(packed(mini, tmp_path/"a.tar.xz"), small/"out", WANT)
         assert tree(small) == {}
     finally:
         subprocess.run(["umount", small])
 
 
 def test_a_fault_of_the_disk_keeps_the_fetched_archive(fake, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "_extract", full)
-    refused(lambda: get("fake", to=tmp_path/"d", accept=True), "No space left")
+    monkeypatch.setattr(archives, "unpack", full)
+    refused(lambda: get("fake", to=tmp_path/"d", accept=True), "No space left", "free some space")
     assert set(tree(tmp_path/"d")) == {"set.zip"} # five gigabytes need not come twice
 
 
@@ -301,57 +295,6 @@ def test_what_a_mac_packs_beside_is_left_out(mini, tmp_path):
     with zipfile.ZipFile(a, "a") as z:
         z.writestr("__MACOSX/wrapped/._x.png", b"x")
     whole(mini, unpack(a, tmp_path/"out", WANT))
-
-
-@pytest.mark.parametrize("name,kind,target", [("../evil", tarfile.REGTYPE, ""), ("a/../../evil", tarfile.REGTYPE, ""), ("a/l", tarfile.SYMTYPE, "../../.."),
-                                              ("a/l", tarfile.LNKTYPE, "/etc/passwd"), ("a/d", tarfile.CHRTYPE, ""), ("a/f", tarfile.FIFOTYPE, "")])
-def test_a_tar_that_leads_out(name, kind, target, tmp_path):
-    with tarfile.open(tmp_path/"a.tar", "w") as t:
-        for n, k in (("washer/ok.txt", tarfile.REGTYPE), (name, kind)):
-            i = tarfile.TarInfo(n)
-            i.type, i.linkname = k, target
-            t.addfile(i, io.BytesIO(b""))
-    before = tree(tmp_path)
-    refused(lambda: unpack(tmp_path/"a.tar", tmp_path/"out", WANT), repr(name), "a.tar", "leads out")
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil"])
-def test_a_zip_that_leads_out(name, tmp_path):
-    with zipfile.ZipFile(tmp_path/"a.zip", "w") as z:
-        z.writestr("washer/ok", b"x")
-        z.writestr(name, b"x")
-    before = tree(tmp_path)
-    refused(lambda: unpack(tmp_path/"a.zip", tmp_path/"out", WANT), repr(name), "leads out")
-    assert tree(tmp_path) == before
-
-
-def test_a_python_without_the_filter(mini, tmp_path, monkeypatch):
-    monkeypatch.delattr(tarfile, "data_filter")
-    a = packed(mini, tmp_path/"a.tar")
-    refused(lambda: unpack(a, tmp_path/"out", WANT), "cannot unpack", "Python 3.11.4", "by hand")
-    assert not (tmp_path/"out").exists()
-    whole(mini, unpack(packed(mini, tmp_path/"a.zip"), tmp_path/"out", WANT)) # zip needs none
-
-
-@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
-@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a page"])
-def test_a_damaged_archive(mini, suffix, how, tmp_path):
-    if (how, suffix) in {("cut", ".tar"), ("flipped", ".tar")}:
-        pytest.skip("tarfile need not notice; the hash tells before it is unpacked")
-    a = packed(mini, tmp_path/f"a{suffix}")
-    b = bytearray(a.read_bytes())
-    if how == "cut":
-        b = b[:len(b) // 2]
-    elif how == "flipped":
-        for k in range(len(b) // 2, len(b) // 2 + 200):
-            b[k] ^= 255
-    else:
-        b = b"" if how == "empty" else b"<html>Please log in</html>"
-    a.write_bytes(bytes(b))
-    before = tree(tmp_path)
-    refused(lambda: unpack(a, tmp_path/"out", WANT), a.name, "damaged")
-    assert tree(tmp_path) == before
 
 
 # The list

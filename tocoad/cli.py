@@ -163,12 +163,12 @@ def run(
     "Train, score, write heat maps and record, print table or JSON"
     from tocoad.paper import drawing
     from tocoad.run import compare, report
-    from tocoad.data.layouts import UNCROPPED
+    from tocoad.data.sets import DATASETS
     from tocoad.data.load import load
     from tocoad.run.store import Store, write_json
     from tocoad.run.config import settings
     category = load(a.root, a.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
-    whole = category.dataset in UNCROPPED and "size" not in settings(a.set)
+    whole = not DATASETS[category.dataset].crop and "size" not in settings(a.set)
     cfg = cfg.replace(dataset=category.dataset, **dict(size=cfg.resize) if whole else {})
     _writable(a.out)
     result = compare.compare(cfg, tuple(a.seeds), data=category, device=a.device, progress=not a.quiet, store=Store(a.store))

@@ -29,6 +29,10 @@ def whole(
     try:
         yield aside
         os.replace(aside, path)
+    except OSError as e:
+        if e.filename is None or aside.name in str(e.filename): # the user knows the place by its own name
+            e.filename = str(path)
+        raise
     finally:
         with suppress(OSError):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)

@@ -9,22 +9,26 @@ __all__ = ['printable', 'BadInput', 'one_of']
 from difflib import SequenceMatcher
 
 # %% ../../nbs/data/0_errors.ipynb #12603552
-def printable(text,   # anything
-             ) -> str: # on one line
+def printable(
+    text, # anything
+) -> str: # on one line
     "A text in which what cannot be printed is escaped."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 class BadInput(ValueError):
     "An error a user can mend; its message is one sentence: what, where, what to do."
-    def __init__(self, message): super().__init__(printable(message))
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 # %% ../../nbs/data/0_errors.ipynb #3788639d
-def one_of(value,           # what the user gave
-           options,         # every value that would do
-           what="value",    # the thing and its place, as the message should call it
-          ):                # the option that equals it
+def one_of(
+    value, # what the user gave
+    options, # every value that would do
+    what: str = "value", # the thing and its place, as the message should call it
+): # the option that equals it
     "The one of `options` that equals `value`; otherwise the error that names the nearest."
     options = list(options)
-    if value in options: return options[options.index(value)]
+    if value in options:
+        return options[options.index(value)]
     near = sorted(map(str, options), key=lambda o: -SequenceMatcher(None, str(value).lower(), o.lower()).ratio())
     raise BadInput(f"{what} cannot be {value!r}: take {', '.join(near[:5])}{', ...' if len(near) > 5 else ''}")

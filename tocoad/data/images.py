@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'LIMIT', 'DECODERS', 'EMBEDDED', 'upright', 'rgb', 'square', 'crop', 'to_float', 'open_image',
-           'why', 'read_image', 'binary', 'covered', 'read_mask', 'show', 'Split', 'Category', 'fingerprint',
-           'from_cache', 'to_cache', 'photo', 'textures']
+           'read_image', 'binary', 'covered', 'read_mask', 'show', 'Split', 'Category', 'fingerprint', 'cached',
+           'photo', 'textures']
 
 # %% ../../nbs/data/1_images.ipynb #f74cc246
 import hashlib
@@ -14,6 +14,7 @@ import json
 import os
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import cache_dir, source_hash, state_of, whole
 from .errors import BadInput
+from ..files import cache_dir, source_hash, state_of, whole
 
 # %% ../../nbs/data/1_images.ipynb #fc09e56e
 def upright(im: Image.Image) -> Image.Image: # as it is stored; as it was seen
@@ -42,8 +43,6 @@ def rgb(im: Image.Image) -> Image.Image: # any mode; 8 bits a channel, upright
     im = upright(im)
     if im.mode[0] == "I":
         im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-    if im.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range: store 8 or 16 bits")
     if im.mode in ("LA", "La", "PA", "RGBa", "RGBA") or "transparency" in im.info:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -58,8 +57,7 @@ def square(
     "Resized to size x size, bilinear, with antialiasing (gap 53)."
     if im.size == (size, size):
         return im
-    edge = min(im.size) if shorter else None
-    left, top = ((n - edge) / 2 if shorter else 0 for n in im.size)
+    left, top = ((n - min(im.size)) / 2 if shorter else 0 for n in im.size)
     box = (left, top, im.width - left, im.height - top)
     return im.resize((size, size), Image.Resampling.BILINEAR, box)
 
@@ -85,6 +83,18 @@ LIMIT = 178_956_970 # pixels; beyond it Pillow takes a file for an attack
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.") # remarks on damaged notes in files
 
+def _whole(im):
+    "Decode an opened file; ValueError if it is not one still picture of 8 or 16 bits"
+    if im.width * im.height > LIMIT:
+        raise ValueError(f"{im.width} x {im.height} pixels, more than {LIMIT:,} in all")
+    if im.format != "MPO" and getattr(im, "n_frames", 1) > 1:
+        raise ValueError(f"it holds {im.n_frames} pictures instead of one")
+    if im.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range: store 8 or 16 bits")
+    im.load()
+    return im
+
+# %% ../../nbs/data/1_images.ipynb #0995b040
 def open_image(
     path: Path|str, # an image file
     data: bytes|None = None, # its content, if it was read already
@@ -94,22 +104,14 @@ def open_image(
         if not (os.path.getsize(path) if data is None else len(data)):
             raise ValueError("it is empty")
         with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as im:
-            if im.width * im.height > LIMIT:
-                raise ValueError(f"{im.width} x {im.height} pixels, more than {LIMIT:,} in all")
-            if im.format != "MPO" and getattr(im, "n_frames", 1) > 1:
-                raise ValueError(f"it holds {im.n_frames} pictures instead of one")
-            im.load()
-            return im
+            return _whole(im)
+    except UnidentifiedImageError:
+        why = "it is none, or in an unknown format"
+    except Image.DecompressionBombError:
+        why = f"more than {LIMIT:,} pixels"
     except Exception as e: # a damaged file makes decoders stumble over anything
-        raise BadInput(f"{path} cannot be read as an image ({why(e)}): replace it or take it out") from None
-
-def why(e: Exception) -> str: # a few words
-    "Why a file cannot be read, for a sentence."
-    if isinstance(e, UnidentifiedImageError):
-        return "it is none, or in an unknown format"
-    if isinstance(e, Image.DecompressionBombError):
-        return f"more than {LIMIT:,} pixels"
-    return getattr(e, "strerror", None) or str(e).split("\n")[0] or type(e).__name__
+        why = getattr(e, "strerror", None) or str(e).split("\n")[0] or type(e).__name__
+    raise BadInput(f"{path} cannot be read as an image ({why}): replace it or take it out")
 
 # %% ../../nbs/data/1_images.ipynb #6bc51bfc
 def read_image(
@@ -119,10 +121,7 @@ def read_image(
 ) -> tuple: # uint8 array (3, size, size); original (width, height); original mode
     "One image file, decoded and squared."
     im = open_image(path)
-    try:
-        full = rgb(im)
-    except ValueError as e:
-        raise BadInput(f"{path} cannot be read as an image ({e})") from None
+    full = rgb(im)
     return np.asarray(square(full, size, shorter)).transpose(2, 0, 1), full.size, im.mode
 
 # %% ../../nbs/data/1_images.ipynb #9efb7c8b
@@ -132,17 +131,14 @@ def binary(
 ) -> np.ndarray: # bool (H, W)
     "A mask's picture as true and false."
     im = upright(im)
-    a = np.asarray(im if im.mode in ("1", "L", "F") or im.mode[0] == "I" else im.convert("RGB"))
+    a = np.asarray(im if im.mode in ("1", "L") or im.mode[0] == "I" else im.convert("RGB"))
     return (a > cut).any(-1) if a.ndim == 3 else a > cut
 
-def covered(
-    mask: np.ndarray, # bool (H, W)
-    size: int = 256, # side of the square, pixels
-    shorter: bool = False, # see `square`
-) -> np.ndarray: # float (size, size) in [0, 1]
-    "How much of each pixel of the square a mask covers."
+def covered(mask: np.ndarray, size: int = 256, shorter: bool = False) -> np.ndarray: # bool (H, W); as in `square`
+    "How much of each pixel of the square a mask covers, float (size, size) in [0, 1]."
     return np.asarray(square(Image.fromarray(mask.astype(np.float32)), size, shorter))
 
+# %% ../../nbs/data/1_images.ipynb #9efb7c8c
 def read_mask(
     path: Path|str, # a mask file
     size: int = 256, # side of the square, pixels
@@ -155,14 +151,22 @@ def read_mask(
     c = covered(m, size, shorter)
     return c == 1 if cast else c > 0.5, m.shape[::-1]
 
-DECODERS = upright, rgb, square, open_image, read_image, binary, covered, read_mask
+DECODERS = upright, rgb, square, _whole, open_image, read_image, binary, covered, read_mask
 
 # %% ../../nbs/data/1_images.ipynb #5fc15b91
 def _pixels(x):
-    x = torch.as_tensor(x).detach().cpu()
+    x = (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))).detach().cpu()
     if x.ndim == 3 and x.shape[0] in (1, 3):
         x = x.permute(1, 2, 0).squeeze(-1)
     return (x.float().clamp(0, 1) if x.is_floating_point() and x.ndim == 3 else x).numpy()
+
+def _draw(ax, a, mask, colour, kw):
+    "One picture, and its mask as a contour"
+    ax.imshow(a, **(dict(cmap="gray") | (dict(vmin=0, vmax=255) if a.dtype == np.uint8 else {}) | kw))
+    ax.autoscale(False)
+    m = None if mask is None else np.pad(torch.as_tensor(mask).cpu(), 1)
+    if m is not None and m.any():
+        ax.contour(m, [0.5], colors=[colour], linewidths=1.2, extent=(-1, m.shape[1] - 2, -1, m.shape[0] - 2))
 
 # %% ../../nbs/data/1_images.ipynb #63660a4f
 def show(
@@ -178,7 +182,7 @@ def show(
     import matplotlib.pyplot as plt
     if not (pictures := [_pixels(im) for im in images]):
         return
-    cols, head = min(cols, len(pictures)), 0.2 if titles is not None else 0
+    cols, head = min(cols, len(pictures)), 0 if titles is None else 0.2
     rows, tall = -(-len(pictures) // cols), max(a.shape[0] / a.shape[1] for a in pictures)
     size = width * cols, (width * tall + head) * rows
     fig, axs = plt.subplots(rows, cols, figsize=size, dpi=80, squeeze=False, layout="constrained")
@@ -186,11 +190,7 @@ def show(
     for ax in axs.flat:
         ax.axis("off")
     for i, (a, ax) in enumerate(zip(pictures, axs.flat, strict=False)):
-        ax.imshow(a, **(dict(cmap="gray") | (dict(vmin=0, vmax=255) if a.dtype == np.uint8 else {}) | kw))
-        ax.autoscale(False)
-        m = None if masks is None or masks[i] is None else np.asarray(torch.as_tensor(masks[i]).cpu())
-        if m is not None and m.any():
-            ax.contour(np.pad(m, 1), [0.5], colors=[colour], linewidths=1.2, extent=(-1, m.shape[1], -1, m.shape[0]))
+        _draw(ax, a, None if masks is None else masks[i], colour, kw)
         if titles is not None:
             ax.set_title(titles[i], fontsize=8, pad=2)
     plt.show()
@@ -272,20 +272,22 @@ def fingerprint(*tensors) -> str: # 32 hexadecimal digits
     return h.hexdigest()
 
 # %% ../../nbs/data/1_images.ipynb #f6a8bec2
-def from_cache(file: Path) -> tuple|None: # tensors by name, remarks; None if they are not there
-    "Tensors from the cache."
-    try:
-        with safe_open(file, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-        return None
-
-def to_cache(file: Path, tensors: dict, about: dict) -> None: # tensors by name, remarks
-    "Tensors into the cache, if there is room."
+def cached(
+    name: str, # of the data
+    what: list, # all that it depends on; its `repr` is hashed
+    make: Callable, # () -> tensors by name, remarks that JSON can hold
+) -> tuple: # tensors, remarks
+    "What `make` gives, kept in the cache as long as there is room."
+    key = hashlib.blake2b(repr(what).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    file = cache_dir() / f"{name}-{key}.safetensors"
+    with suppress(OSError, SafetensorError, TypeError), safe_open(file, "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
+    tensors, about = make()
     with suppress(OSError, SafetensorError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole(file) as aside:
             save_file(tensors, aside, {"about": json.dumps(about)})
+    return tensors, about
 
 # %% ../../nbs/data/1_images.ipynb #790cf009
 EMBEDDED = ("astronaut camera chelsea clock coffee coins colorwheel hubble_deep_field "
@@ -297,6 +299,7 @@ def photo(name: str) -> Image.Image: # a function of `skimage.data`
     import skimage.data
     return Image.fromarray(getattr(skimage.data, name)())
 
+# %% ../../nbs/data/1_images.ipynb #790cf011
 @lru_cache(2)
 def _embedded(size, each=8):
     out, rng = [], np.random.default_rng(0)
@@ -311,15 +314,12 @@ def _embedded(size, each=8):
 # %% ../../nbs/data/1_images.ipynb #cc8ee307
 @lru_cache(2)
 def _decoded(files, states, size):
-    how = source_hash(upright, rgb, square, open_image, read_image)
-    what = repr([size, Image.__version__, how, *zip(map(str, files), states, strict=True)]).encode()
-    file = cache_dir() / f"textures-{size}-{hashlib.blake2b(what, digest_size=12).hexdigest()}.safetensors"
-    if (got := from_cache(file)) is None:
+    def _make():
         with ThreadPoolExecutor() as ex:
             pictures = np.stack(list(ex.map(lambda f: read_image(f, size)[0], files)))
-        got = dict(textures=torch.from_numpy(pictures).contiguous()), dict(images=len(pictures))
-        to_cache(file, *got)
-    return got[0]["textures"]
+        return dict(textures=torch.from_numpy(pictures).contiguous()), {}
+    how = source_hash(upright, rgb, square, _whole, open_image, read_image)
+    return cached(f"textures-{size}", [size, Image.__version__, how, *map(str, files), states], _make)[0]["textures"]
 
 # %% ../../nbs/data/1_images.ipynb #e799dfd1
 def textures(
@@ -328,14 +328,11 @@ def textures(
     limit: int|None = None, # at most so many, evenly chosen
 ) -> torch.Tensor: # uint8 (T, 3, size, size)
     "Texture images for the generator: a folder of pictures such as DTD's, decoded once."
-    if folder == "embedded":
-        files = range(8 * len(EMBEDDED))
-    else:
-        files = sorted(p for p in Path(folder).expanduser().rglob("*") if p.suffix.lower() in SUFFIXES)
+    embedded = folder == "embedded"
+    files = range(8 * len(EMBEDDED)) if embedded else sorted(
+        p for p in Path(folder).expanduser().rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise BadInput(f"no texture images under {folder}: unpack DTD there, or take textures=embedded")
     n = min(limit or len(files), len(files))
     chosen = tuple(files[i * len(files) // n] for i in range(n))
-    if folder == "embedded":
-        return _embedded(size)[list(chosen)]
-    return _decoded(chosen, tuple(map(state_of, chosen)), size)
+    return _embedded(size)[list(chosen)] if embedded else _decoded(chosen, tuple(map(state_of, chosen)), size)

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_closing
 
+from .errors import BadInput, one_of
 from .images import photo
 from ..files import cache_dir, source_hash, whole
-from .errors import BadInput, one_of
 
 # %% ../../nbs/data/3_mini.ipynb #cf85e2d8
 def _field(size):
@@ -224,12 +224,6 @@ def draw(
     mask = binary_closing(np.pad(change, 4), iterations=2)[4:-4, 4:-4] | change
     return ((img + _stream(2).normal(0, 0.012, img.shape)).clip(0, 1) * 255).round().astype(np.uint8), mask
 
-# %% ../../nbs/data/3_mini.ipynb #305c4efc
-def _jobs(categories, n): # category, split, number in its folder, number of the image, defect
-    for c in categories:
-        kinds = [("train", "good", n[0]), ("test", "good", n[1]), *(("test", d, n[2]) for d in mini_defects(c))]
-        yield from ((c, w, i, 1000 * j + i, d) for j, (w, d, m) in enumerate(kinds) for i in range(m))
-
 # %% ../../nbs/data/3_mini.ipynb #ca505161
 def write_mini(
     root: Path|str, # a new folder
@@ -239,38 +233,33 @@ def write_mini(
     n: tuple = (32, 8, 4), # images: train, good test, each defect
 ) -> Path: # root
     "The mini data set as PNG files in MVTec AD's layout; written aside and renamed."
-    root = Path(root)
-    if root.is_dir() and any(root.iterdir()):
-        raise BadInput(f"{root} is not empty: give write_mini a new folder")
-    def _save(a, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(a).save(path, compress_level=1)
-    def _one(job):
-        c, where, i, k, d = job
-        img, mask = draw(c, k, d, size, seed)
-        _save(img.squeeze(), aside / c / where / d / f"{i:03}.png")
-        if d != "good":
-            _save(mask, aside / c / "ground_truth" / d / f"{i:03}_mask.png")
-    try:
-        with whole(root) as aside, ThreadPoolExecutor(os.cpu_count()) as ex:
-            list(ex.map(_one, _jobs(categories, n)))
-    except OSError:
-        if not root.is_dir(): # else another process was first
-            raise
-    return root
+    def _one(c, split, defect, i, k): # category, place, number in its folder, number of the image
+        img, mask = draw(c, k, defect, size, seed)
+        pictures = {f"{split}/{defect}/{i:03}.png": img.squeeze()}
+        pictures |= {} if defect == "good" else {f"ground_truth/{defect}/{i:03}_mask.png": mask}
+        for name, a in pictures.items():
+            (aside / c / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(a).save(aside / c / name, compress_level=1)
+    parts = lambda c: [("train", "good", n[0]), ("test", "good", n[1]), *(("test", d, n[2]) for d in mini_defects(c))]
+    jobs = [(c, split, d, i, 1000 * j + i)
+            for c in categories for j, (split, d, m) in enumerate(parts(c)) for i in range(m)]
+    with whole(Path(root)) as aside, ThreadPoolExecutor(os.cpu_count()) as ex:
+        list(ex.map(_one, *zip(*jobs, strict=True)))
+    return Path(root)
 
 # %% ../../nbs/data/3_mini.ipynb #d59a7d0c
-_PAINTERS = (*OBJECTS.values(), *SURFACE.values(), *BROKEN.values(), mini_defects, draw, write_mini, _jobs, photo,
+_PAINTERS = (*OBJECTS.values(), *SURFACE.values(), *BROKEN.values(), mini_defects, draw, write_mini, photo,
              _texture, _field, _ink, _over, _bevel, _ring, _box, _pins, _screw, _path, _spot, _blob)
 
 def mini_root() -> Path: # holds the folders of `MINI`
     "The embedded mini data set's folder, written if need be."
     name = "mini-" + source_hash(*_PAINTERS, also=(MINI, sorted(GAIN.items())))
     for base in (cache_dir(), Path(tempfile.gettempdir()) / "tocoad"):
-        if (base / name).is_dir():
+        if not (base / name).is_dir():
+            with suppress(OSError):
+                base.mkdir(parents=True, exist_ok=True)
+                write_mini(base / name)
+        if (base / name).is_dir(): # written now, before, or by another process at the same time
             return base / name
-        with suppress(OSError):
-            base.mkdir(parents=True, exist_ok=True)
-            return write_mini(base / name)
     raise BadInput(f"cannot write the mini data set to {cache_dir()}: "
                    "set TOCOAD_CACHE to a folder that can be written")

@@ -7,9 +7,6 @@ __all__ = ['IMAGES', 'MASKS', 'PLANS', 'NAMES', 'File', 'drawn', 'plan', 'write_
 
 # %% ../../nbs/data/6_trees.ipynb #04f0fb36
 import hashlib
-import os
-import shutil
-import uuid
 from itertools import count, cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -18,19 +15,20 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from .mini import MINI, draw, mini_defects
 from .errors import BadInput, one_of
+from .mini import MINI, draw, mini_defects
+from ..files import whole
 
 # %% ../../nbs/data/6_trees.ipynb #cc07d1e7
 class File(NamedTuple):
-    "One image of a tree: where it lies, what is true of it, how it is stored"
+    "One image of a tree: where it lies, what is true of it, how it is stored."
     category: str
-    path: str          # relative to the root, with "/"
-    split: str         # "train", "validation" or "test"; "" = a reader must leave it out
-    defect: str        # "good", or the kind as the tree names it
-    mask: str|None     # the mask's file, of an anomalous image
-    scene: tuple       # what is drawn: a mini category, the image's number, a mini defect
-    wh: tuple          # width and height as it is seen, pixels
+    path: str # relative to the root, with "/"
+    split: str # "train", "validation" or "test"; "" = a reader must leave it out
+    defect: str # "good", or the kind as the tree names it
+    mask: str|None # the mask's file, of an anomalous image
+    scene: tuple # what is drawn: a mini category, the image's number, a mini defect
+    wh: tuple # width and height as it is seen, pixels
     how: str = "plain" # a key of `IMAGES`
     ink: str = "plain" # a key of `MASKS`
     blank: str|None = None # an all-black mask's file beside a normal image
@@ -38,22 +36,19 @@ class File(NamedTuple):
     @property
     def label(self): return self.defect != "good"
 
-def drawn(
-    f:File, seed:int=0, # and the seed of the pictures
-) -> tuple: # uint8 array (H, W, 3) or (H, W); bool mask (H, W)
-    "A file's picture and its mask; small or oblong ones are drawn square and larger, and no defect gets lost"
+def drawn(f: File, seed: int = 0) -> tuple: # seed: of the pictures; uint8 array (H, W, 3) or (H, W), bool mask (H, W)
+    "A file's picture and its mask; small or oblong ones are drawn square and larger, and no defect gets lost."
     a, m = draw(*f.scene, max(64, *f.wh), seed)
     im = Image.fromarray(a.squeeze()).resize(f.wh, Image.Resampling.BILINEAR)
-    covered = Image.fromarray(m.astype(np.float32)).resize(f.wh, Image.Resampling.BOX)
-    return np.asarray(im), np.asarray(covered) > 0
+    share = Image.fromarray(m.astype(np.float32)).resize(f.wh, Image.Resampling.BOX)
+    return np.asarray(im), np.asarray(share) > 0
 
 # %% ../../nbs/data/6_trees.ipynb #bbd8419c
-def _deep(im): return Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16)*257)
+def _deep(im): return Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16) * 257)
 
 def _glass(im):
-    "Transparent at the left"
     im, alpha = im.convert("RGB"), np.full(im.size[::-1], 255, np.uint8)
-    alpha[:, :im.width//8] = 0
+    alpha[:, :im.width // 8] = 0
     im.putalpha(Image.fromarray(alpha))
     return im
 
@@ -62,7 +57,7 @@ IMAGES = { # a name -> the picture as the file holds it
     "deep": _deep, "glass": _glass, "turned": lambda im: im.transpose(Image.Transpose.ROTATE_90)}
 
 # %% ../../nbs/data/6_trees.ipynb #b3d9f15e
-def _classes(m): return np.where(m, 1 + (m.sum(0).cumsum() > m.sum()/2), 0).astype(np.uint8)
+def _classes(m): return np.where(m, 1 + (m.sum(0).cumsum() > m.sum() / 2), 0).astype(np.uint8)
 
 def _indexed(m):
     im = Image.fromarray(_classes(m)).convert("P")
@@ -74,25 +69,26 @@ def _halo(m):
     return Image.fromarray(np.select([m, near, far], [255, 127, 60], 0).astype(np.uint8))
 
 MASKS = { # a name -> the mask as the file holds it
-    "plain": lambda m: Image.fromarray(m.astype(np.uint8)*255), "bilevel": Image.fromarray, "palette": _indexed,
+    "plain": lambda m: Image.fromarray(m.astype(np.uint8) * 255), "bilevel": Image.fromarray, "palette": _indexed,
     "classes": lambda m: Image.fromarray(_classes(m)), "halo": _halo,
     "empty": lambda m: Image.fromarray(np.zeros(m.shape, np.uint8))}
 
 # %% ../../nbs/data/6_trees.ipynb #8ec497f7
-def _wh(size, i, traps): return ((size, size), (size, size*3//4), (size*3//4, size))[i % 3 if traps else 0]
+def _wh(size, i, traps):
+    return ((size, size), (size, size * 3 // 4), (size * 3 // 4, size))[i % 3 if traps else 0]
 
 def _kinds(mini, n): return [d for d in mini_defects(mini) for _ in range(n[2])]
 
 def _early(names):
     "The first 80 % in the order of their SHA-256"
     order = sorted(names, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
-    return set(order[:round(.8*len(order))])
+    return set(order[:round(0.8 * len(order))])
 
 # %% ../../nbs/data/6_trees.ipynb #2e51d268
 def _mvtec(c, mini, size, n, traps):
     k, hows = count(), cycle(["plain", "grey", "palette", "deep", "glass"] if traps else ["plain"])
     kinds = [("train", "good", "good", n[0]), ("test", "good", "good", n[1]),
-             *(("test", d, d, n[2]) for d in mini_defects(mini)), *[("test", "combined", "scratch", n[2])]*traps]
+             *(("test", d, d, n[2]) for d in mini_defects(mini)), *[("test", "combined", "scratch", n[2])] * traps]
     for where, defect, scene, m in kinds:
         for i in range(m):
             odd, named = traps and i == 0 and defect == "combined", traps and i == m - 1 and defect == "hole"
@@ -116,7 +112,8 @@ def _visa(c, mini, size, n, traps):
 def _btad(c, mini, size, n, traps):
     k, (im, ma) = count(), {"01": ("bmp", "png"), "03": ("bmp", "bmp")}.get(c, ("png", "png"))
     bad, wh = _kinds(mini, n), _wh(size, traps and c == "03", traps)
-    for where, kind, scenes in (("train", "ok", ["good"]*n[0]), ("test", "ok", ["good"]*n[1]), ("test", "ko", bad)):
+    every = {("train", "ok"): ["good"] * n[0], ("test", "ok"): ["good"] * n[1], ("test", "ko"): bad}
+    for (where, kind), scenes in every.items():
         for i, d in enumerate(scenes):
             mask = f"{c}/ground_truth/ko/{i:04}.{ma}" if kind == "ko" else None
             yield File(c, f"{c}/{where}/{kind}/{i:04}.{im}", where, "ko" if mask else "good", mask, (mini, next(k), d),
@@ -126,9 +123,9 @@ def _btad(c, mini, size, n, traps):
 def _mvtec_ad_2(c, mini, size, n, traps):
     k, light = count(), cycle(["regular", "overexposed", "underexposed", "shift_1"] if traps else ["regular"])
     bad, secret = _kinds(mini, n), ("", "?", [*_kinds(mini, n)[:1], "good"])
-    folders = {"train/good": ("train", "good", ["good"]*n[0]),
-               "validation/good": ("validation", "good", ["good"]*max(1, n[0]//3)),
-               "test_public/good": ("test", "good", ["good"]*n[1]), "test_public/bad": ("test", "bad", bad),
+    folders = {"train/good": ("train", "good", ["good"] * n[0]),
+               "validation/good": ("validation", "good", ["good"] * max(1, n[0] // 3)),
+               "test_public/good": ("test", "good", ["good"] * n[1]), "test_public/bad": ("test", "bad", bad),
                "test_private": secret, "test_private_mixed": secret}
     for where, (split, defect, scenes) in folders.items():
         for i, d in enumerate(scenes):
@@ -140,14 +137,14 @@ def _mvtec_ad_2(c, mini, size, n, traps):
 # %% ../../nbs/data/6_trees.ipynb #8dcc53bd
 def _kolektor_sdd(c, mini, size, n, traps):
     bad = _kinds(mini, n)
-    places = [f"kos{i//8 + 1:02}/Part{i % 8}" for i in range(n[0] + n[1] + len(bad))]
-    step = max(1, len(places)//max(1, len(bad)))
+    places = [f"kos{i // 8 + 1:02}/Part{i % 8}" for i in range(n[0] + n[1] + len(bad))]
+    step = max(1, len(places) // max(1, len(bad)))
     faulty = dict(zip(range(0, len(places), step), bad, strict=False)) # one every few pictures
     train = _early(f"{p}.jpg" for i, p in enumerate(places) if i not in faulty)
     for i, p in enumerate(places):
         d, label = faulty.get(i), f"{p}_label.bmp"
         yield File(c, f"{p}.jpg", "train" if f"{p}.jpg" in train else "test", "defect" if d else "good",
-                   label if d else None, (mini, i, d or "good"), (size//2 if traps else size, size), "grey",
+                   label if d else None, (mini, i, d or "good"), (size // 2 if traps else size, size), "grey",
                    blank=None if d else label)
 
 # %% ../../nbs/data/6_trees.ipynb #9d732f3e
@@ -157,7 +154,7 @@ def _magnetic_tile(c, mini, size, n, traps):
     k = count()
     for kind, d in _TILE.items():
         m, good = n[0] + n[1] if d == "good" else n[2], d == "good"
-        numbers = [10007 + 37*next(k) for _ in range(m)]
+        numbers = [10007 + 37 * next(k) for _ in range(m)]
         stems = [f"MT_{kind}/Imgs/exp{1 + i % 6}_num_{number}" for i, number in enumerate(numbers)]
         train = _early(f"{Path(s).name}.jpg" for s in stems) if good else ()
         for i, s in enumerate(stems):
@@ -189,17 +186,18 @@ NAMES = { # layout -> category -> the mini category that it is drawn from
     "folder": dict(washer="washer")}
 
 def plan(
-    layout:str, categories=None, # a key of `PLANS`; names, or name -> mini category; None: those of `NAMES`
-    size:int=64, n:tuple=(6, 3, 2), # longer side, pixels; images: train, good test, each kind of defect
-    traps:bool=False, # as in the real sets, things that mislead
+    layout: str, # a key of `PLANS`
+    categories=None, # names, or name -> mini category; None: those of `NAMES`
+    size: int = 64, # longer side, pixels
+    n: tuple = (6, 3, 2), # images: train, good test, each kind of defect
+    traps: bool = False, # as in the real sets, things that mislead
 ) -> list: # of `File`
-    "What a tree holds, and what a reader must find in it"
+    "What a tree holds, and what a reader must find in it."
     names = categories or NAMES[one_of(layout, PLANS, "layout")]
     if not isinstance(names, dict):
-        others = cycle(("washer", "plug", "brick", "grass", "gravel"))
-        names = {c: c if c in MINI else m for c, m in zip(names, others, strict=False)}
-    return [f for c, mini in names.items()
-            for f in PLANS[layout](c, one_of(mini, MINI, "a mini category"), size, n, traps)]
+        names = {c: c if c in MINI else m for c, m in zip(names, cycle(MINI[3:] + MINI[:3]), strict=False)}
+    make = PLANS[layout]
+    return [f for c, mini in names.items() for f in make(c, one_of(mini, MINI, "a mini category"), size, n, traps)]
 
 # %% ../../nbs/data/6_trees.ipynb #4f24df37
 def _row(f, split):
@@ -225,39 +223,37 @@ def _beside(layout, files, traps):
     return out
 
 # %% ../../nbs/data/6_trees.ipynb #ffadf187
-def _save(im, path, **kw):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    jpeg = path.suffix.lower() in (".jpg", ".jpeg")
-    im.save(path, **dict(quality=95, subsampling=0, **kw) if jpeg else dict(lossless=True))
-
 def _write(root, f, seed):
+    "A planned file and its mask"
     (a, m), exif = drawn(f, seed), Image.Exif()
     if f.how == "turned":
         exif[0x0112] = 6 # a quarter turn to the right makes it upright
-    _save(IMAGES[f.how](Image.fromarray(a)), root/f.path, exif=exif)
-    for path, ink in ((f.mask, f.ink), (f.blank, "empty")):
-        if path:
-            _save(MASKS[ink](m), root/path)
+    pictures = {f.path: IMAGES[f.how](Image.fromarray(a)), f.mask: MASKS[f.ink](m), f.blank: MASKS["empty"](m)}
+    for name, im in pictures.items():
+        if name:
+            jpeg = name.lower().endswith((".jpg", ".jpeg"))
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            im.save(root / name, **dict(quality=95, subsampling=0, exif=exif) if jpeg else dict(lossless=True))
 
+# %% ../../nbs/data/6_trees.ipynb #ffadf188
 def write_layout(
-    root, layout:str, # a new or empty folder; a key of `PLANS`
-    categories=None, size:int=64, n:tuple=(6, 3, 2), # as in `plan`
-    seed:int=0, traps:bool=False, # of the pictures; as in `plan`
+    root: Path|str, # a new or empty folder
+    layout: str, # a key of `PLANS`
+    categories=None, # as in `plan`
+    size: int = 64, # as in `plan`
+    n: tuple = (6, 3, 2), # as in `plan`
+    seed: int = 0, # of the pictures
+    traps: bool = False, # as in `plan`
 ) -> Path: # root
-    "Mini data in a published layout"
-    files, root = plan(layout, categories, size, n, traps), Path(os.path.abspath(Path(root).expanduser()))
+    "Mini data in a published layout, whole or not there."
+    files, root = plan(layout, categories, size, n, traps), Path(root).expanduser().absolute()
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise BadInput(f"{root} is not an empty folder: give write_layout a new one")
-    aside = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
-    try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with whole(root) as aside:
         for f in files:
             _write(aside, f, seed)
         for p, text in _beside(layout, files, traps).items():
-            (aside/p).parent.mkdir(parents=True, exist_ok=True)
-            (aside/p).write_text(text, encoding="utf-8")
-        os.replace(aside, root)
-    except OSError as e:
-        raise BadInput(f"cannot write {root} ({e.strerror or e}): give a folder that can be written") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (aside / p).parent.mkdir(parents=True, exist_ok=True)
+            (aside / p).write_text(text, encoding="utf-8")
     return root

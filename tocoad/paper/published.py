@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'TEXTURES', 'OBJECTS', 'STATED', 'DEFAULT', 'table', 'members', 'Cell', 'cell', 'wide', 'label',
-           'printed', 'recompute', 'averages', 'audit', 'counts', 'count_audit', 'configurations', 'Remark', 'Remarks',
-           'remarks']
+           'printed', 'recompute', 'averages', 'audit', 'count_audit', 'configurations', 'Remark', 'Remarks', 'remarks']
 
 # %% ../../nbs/paper/published.ipynb #cf28f892
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from functools import cache
 from importlib.resources import files
 import numpy as np, pandas as pd
 from ..data.errors import BadInput, one_of
+from ..data.sets import DATASETS, counts
 
 # %% ../../nbs/paper/published.ipynb #58fbd9ec
 @cache
@@ -33,7 +33,7 @@ def table(n: int,         # the paper's table, 1-9
     return t.assign(value=t["printed"].astype(float))
 
 # %% ../../nbs/paper/published.ipynb #05536b9f
-CATEGORIES = {t.dataset[0]: tuple(t.category[t.kind == "category"].unique()) for t in map(table, (1, 2, 3))}
+CATEGORIES = {name: DATASETS[name].categories for name in ("mvtec_ad", "visa", "btad")}
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 OBJECTS = tuple(c for c in CATEGORIES["mvtec_ad"] if c not in TEXTURES)
 
@@ -92,9 +92,9 @@ def wide(n: int,          # the paper's table, 1-9
 
 # %% ../../nbs/paper/published.ipynb #a8b3bf57
 _LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", pipe_fryum="Pipe fryum", lam="λ", ncl="NCL", dnp="DNP",
-               cl_method="CL method", concat="Concatenation", loss="Loss", mvtec_ad="MVTec AD", visa="VisA", btad="BTAD",
-               mvtec_ad_2="MVTec AD 2", kolektor_sdd="KolektorSDD", dtd="Describable Textures (DTD)",
-               texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.", **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)})
+               cl_method="CL method", concat="Concatenation", loss="Loss",
+               texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.", **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)},
+               **{name: d.title for name, d in DATASETS.items() if name not in ("mini", "own")})
 
 # %% ../../nbs/paper/published.ipynb #344ddb71
 def label(x, # a category, method, metric, factor or its value
@@ -142,11 +142,6 @@ def audit(tolerance=0.01,  # per cent: a difference up to this is taken for roun
     "The printed averages that their own rows do not give."
     a = averages()
     return a[a.difference.abs() > Decimal(str(tolerance))].reset_index(drop=True)
-
-# %% ../../nbs/paper/published.ipynb #b150894e
-def counts() -> pd.DataFrame: # dataset, category, split ("train"/"test"), label ("normal"/"anomalous"), count (images)
-    "Images in each category of the three data sets."
-    return _read("dataset_counts").astype({"count": int})
 
 # %% ../../nbs/paper/published.ipynb #09b3c37d
 STATED = {("mvtec_ad", "split", "train"): 3629, ("mvtec_ad", "split", "test"): 1725, ("visa", "label", "normal"): 9621,
