@@ -933,7 +933,7 @@ def test_model_file(place, trees, model, row):
 SCORES = [ # what, harm, words of the sentence, the command
     ("no model", nothing, ["in/m"], SCORE.replace("{model}", "{in}/m")),
     ("model that is a folder", folder("m"), ["in/m"], SCORE.replace("{model}", "{in}/m")),
-    ("unreadable model", lambda d: (shutil.copy(MODEL[0], d/"m"), (d/"m").chmod(0)), ["in/m", "Permission denied"], SCORE.replace("{model}", "{in}/m")),
+    ("unreadable model", lambda d: (shutil.copy(MODEL[0], d/"m"), (d/"m").chmod(0)), ["in/m", "cannot be read"], SCORE.replace("{model}", "{in}/m")),
     ("model that is a pipe", pipe("m"), ["in/m"], SCORE.replace("{model}", "{in}/m")),
     ("model with too long a name", nothing, ["xxx"], SCORE.replace("{model}", "{in}/" + LONG)),
     ("model below an unreadable folder", also(folder("m"), mode("m", 0)), ["in/m/m"], SCORE.replace("{model}", "{in}/m/m")),

@@ -1,17 +1,25 @@
 """The command as a user meets it: its answers, its record, and one sentence for each mistake."""
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tocoad import cli
 from tocoad.cli import main
 from tocoad.data.layouts import recognise
 from tocoad.data.mini import write_mini
 from tocoad.data.trees import write_layout
+from tocoad.run import config
 
 QUICK = ["--quiet", "--set", "epochs1=1", "epochs2=1", "width=32", "resize=64", "size=64"]
+WASHER = ["--category", "washer"]
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +42,20 @@ def run(capsys, *words):
     return status, captured.out, captured.err
 
 
+def smoke(capsys, root, out, *more, category="washer", quick=QUICK):
+    return run(capsys, "run", "--root", root, "--category", category, "--profile", "smoke", "--out", out, *quick, *more)
+
+
 def fails(capsys, status, *words, says):
     got, out, err = run(capsys, "run", *words)
     assert got == status and out == "" and "Traceback" not in err
     assert err.startswith("tocoad: ") and err.count("\n") == 1, err
-    for s in says: assert str(s) in err, err
+    for s in says:
+        assert str(s) in err, err
 
 
 def test_record(capsys, root, tmp_path):
-    status, out, err = run(capsys, "run", "--root", root, "--category", "washer", "--profile", "smoke", "--json", "--seeds", 0, 1, "--out", tmp_path/"out", *QUICK)
+    status, out, err = smoke(capsys, root, tmp_path/"out", "--json", "--seeds", 0, 1)
     assert status == 0, err
     r = json.loads(out)
     assert {"profile", "dataset", "category", "seeds", "hardware", "config", "methods"} <= set(r)
@@ -56,78 +69,102 @@ def test_record(capsys, root, tmp_path):
                 assert d["low"] <= d["mean"] <= d["high"]
                 assert d["mean"] == pytest.approx(m[k]["mean"] - r["methods"]["frozen"][k]["mean"], abs=1e-3)
     assert "difference" not in r["methods"]["frozen"]
-    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [f"own_washer_smoke{e}" for e in (".json", "_curves.png", "_maps.png")]
+    endings = (".json", "_curves.png", "_maps.png")
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [f"own_washer_smoke{e}" for e in endings]
     assert json.loads((tmp_path/"out"/"own_washer_smoke.json").read_text())["methods"] == r["methods"]
 
 
 def test_table(capsys, root, tmp_path):
-    status, out, _ = run(capsys, "run", "--root", root, "--category", "washer", "--profile", "smoke", "--out", tmp_path/"out", *QUICK)
+    status, out, _ = smoke(capsys, root, tmp_path/"out")
     assert status == 0 and "smoke: shows that it runs, is no result" in out
-    for word in ("frozen F", "contrastive only", "two-stage", "image AUROC", "AUPRO", "Δ pixel AUROC"): assert word in out
+    for word in ("frozen F", "contrastive only", "two-stage", "image AUROC", "AUPRO", "Δ pixel AUROC"):
+        assert word in out
 
 
 @pytest.mark.parametrize("layout", ("visa", "btad", "mvtec_ad_2", "kolektor_sdd", "magnetic_tile", "folder"))
 def test_other_layouts(capsys, tmp_path, layout):
     "Recognised, said, named in the record; MVTec AD 2 is not cropped"
     name = recognise(write_layout(tmp_path/"set", layout, traps=True)).categories[0]
-    quick = [*QUICK[:-2], *(["resize=160"] if layout == "mvtec_ad_2" else ["resize=64", "size=32"])]
-    status, out, err = run(capsys, "run", "--root", tmp_path/"set", "--category", name, "--profile", "smoke", "--json", "--out", tmp_path/"out", *quick)
+    whole = layout == "mvtec_ad_2"
+    quick = [*QUICK[:-2], *(["resize=160"] if whole else ["resize=64", "size=32"])]
+    status, out, err = smoke(capsys, tmp_path/"set", tmp_path/"out", "--json", category=name, quick=quick)
     assert status == 0, err
     r = json.loads(out)
-    assert r["dataset"] == dict(folder="own").get(layout, layout) and r["config"]["size"] == (160 if layout == "mvtec_ad_2" else 32)
+    assert r["dataset"] == dict(folder="own").get(layout, layout) and r["config"]["size"] == (160 if whole else 32)
     assert r["data"]["notes"][0].startswith("recognised as ") and "pixel_auroc" in r["methods"]["two_stage"]
 
 
 def test_same_seed_same_record(capsys, root, tmp_path):
-    words = ["run", "--root", root, "--category", "washer", "--profile", "smoke", "--json", "--out", tmp_path/"out", *QUICK]
-    a, b = (json.loads(run(capsys, *words)[1]) for _ in range(2))
+    a, b = (json.loads(smoke(capsys, root, tmp_path/"out", "--json")[1]) for _ in range(2))
     assert a["methods"] == b["methods"] and a["data"] == b["data"]
 
 
-def test_missing_root(capsys, tmp_path): fails(capsys, 1, "--root", tmp_path/"nowhere", "--category", "washer", "--out", tmp_path, says=["nowhere"])
-def test_unknown_category(capsys, root, tmp_path): fails(capsys, 1, "--root", root, "--category", "wascher", "--out", tmp_path, says=["wascher", "washer"])
-def test_no_category(capsys, root, tmp_path): fails(capsys, 2, "--root", root, "--out", tmp_path, says=["--category"])
-def test_unknown_dataset(capsys, root, tmp_path): fails(capsys, 1, "--root", root, "--dataset", "mvtec", "--category", "washer", "--out", tmp_path, says=["mvtec", "mvtec_ad"])
-def test_unknown_key(capsys, tmp_path): fails(capsys, 2, "--set", "epoch2=3", "--out", tmp_path, says=["epoch2", "'epochs2'"])
-def test_wrong_type(capsys, tmp_path): fails(capsys, 2, "--set", "epochs2=many", "--out", tmp_path, says=["epochs2", "many"])
-def test_wrong_choice(capsys, tmp_path): fails(capsys, 2, "--set", "generator=perlim", "--out", tmp_path, says=["perlim", "cutpaste"])
-def test_wrong_size(capsys, tmp_path): fails(capsys, 2, "--set", "size=100", "--out", tmp_path, says=["size", "32"])
-def test_wrong_rate(capsys, tmp_path): fails(capsys, 2, "--set", "lr2=-1", "--out", tmp_path, says=["lr2"])
-def test_unknown_backbone(capsys, tmp_path): fails(capsys, 1, "--quiet", "--set", "backbone=vgg16", "--out", tmp_path, says=["vgg16", "resnet18"])
-def test_missing_weights(capsys, tmp_path): fails(capsys, 1, "--quiet", "--set", "weights=none.pth", "--out", tmp_path, says=["none.pth"])
-def test_missing_textures(capsys, tmp_path): fails(capsys, 1, "--quiet", "--set", f"textures={tmp_path}/dtd", "--out", tmp_path, says=["dtd"])
-def test_no_gpu(capsys, tmp_path): fails(capsys, 1, "--device", "cuda:7", "--quiet", "--out", tmp_path, says=["cuda:7"])
+@pytest.mark.parametrize("status,words,says", [
+    (1, ["--root", "{tmp}/nowhere", *WASHER], ["nowhere"]),
+    (1, ["--root", "{root}", "--category", "wascher"], ["wascher", "washer"]),
+    (2, ["--root", "{root}"], ["--category"]),
+    (1, ["--root", "{root}", "--dataset", "mvtec", *WASHER], ["mvtec", "mvtec_ad"]),
+    (2, ["--set", "epoch2=3"], ["epoch2", "'epochs2'"]),
+    (2, ["--set", "epochs2=many"], ["epochs2", "many"]),
+    (2, ["--set", "generator=perlim"], ["perlim", "cutpaste"]),
+    (2, ["--set", "size=100"], ["size", "32"]),
+    (2, ["--set", "lr2=-1"], ["lr2"]),
+    (1, ["--quiet", "--set", "backbone=vgg16"], ["vgg16", "resnet18"]),
+    (1, ["--quiet", "--set", "weights=none.pth"], ["none.pth"]),
+    (1, ["--quiet", "--set", "textures={tmp}/dtd"], ["dtd"]),
+    (1, ["--device", "cuda:7", "--quiet"], ["cuda:7"]),
+    (1, ["--root", "{root}", *WASHER, "--profile", "smoke", *QUICK, "lr2=1e30"], ["smaller rate"])])
+def test_mistakes(capsys, root, tmp_path, status, words, says):
+    words = [w.format(root=root, tmp=tmp_path) for w in words]
+    fails(capsys, status, "--out", tmp_path/"out", *words, says=says)
 
 
-def test_diverged(capsys, root, tmp_path):
-    fails(capsys, 1, "--root", root, "--category", "washer", "--profile", "smoke", "--out", tmp_path/"out", *QUICK, "lr2=1e30", says=["smaller rate"])
+@pytest.mark.parametrize("words,says", [
+    (["walk"], "walk"), (["run", "--seeds", "x"], "--seeds"), (["score", "--model", "m"], "--images, --out"),
+    (["score", "--model", "m", "--images", "i", "--out", "o", "--maps", "one"], "invalid int value"),
+    (["data"], "ACTION"), (["fit", "--good", "g", "--model", "m", "--stages", "one"], "'none', 'both'")])
+def test_wrong_words(capsys, words, says):
+    "What the parser finds is one sentence too"
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("tocoad: ") and err.count("\n") == 1 and says in err
+
+
+def test_settings_add_up(capsys):
+    "Where an option is given twice, and where it replaces a default"
+    from tocoad.command import parser
+    words = "run --set lr2=1e-3 bn2=train --set epochs2=3 --seeds 1 2 --json".split()
+    given = vars(parser(cli.COMMANDS, cli.GROUPS).parse_args(words))
+    assert given == dict(call=cli.run, set_=["lr2=1e-3", "bn2=train", "epochs2=3"], seeds=[1, 2], json_=True)
 
 
 def test_empty_train(capsys, root, tmp_path):
-    for p in (root/"washer"/"train"/"good").iterdir(): p.unlink()
-    fails(capsys, 1, "--root", root, "--category", "washer", "--out", tmp_path/"out", says=["train", "good"])
+    for p in (root/"washer"/"train"/"good").iterdir():
+        p.unlink()
+    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path/"out", says=["train", "good"])
 
 
 def test_corrupt_image(capsys, root, tmp_path):
     bad = sorted((root/"washer"/"train"/"good").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:200])
-    fails(capsys, 1, "--root", root, "--category", "washer", "--out", tmp_path/"out", says=[bad.name])
+    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path/"out", says=[bad.name])
 
 
 def test_mask_of_another_size(capsys, root, tmp_path):
     mask = sorted((root/"washer"/"ground_truth").rglob("*.png"))[0]
     Image.fromarray(np.zeros((10, 12), np.uint8)).save(mask)
-    fails(capsys, 1, "--root", root, "--category", "washer", "--out", tmp_path/"out", says=[mask.name, "12 x 10", "64 x 64"])
+    says = [mask.name, "12 x 10", "64 x 64"]
+    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path/"out", says=says)
 
 
 def test_no_masks(capsys, root, tmp_path):
     shutil.rmtree(root/"washer"/"ground_truth")
-    words = ["run", "--root", root, "--category", "washer", "--profile", "smoke", "--out", tmp_path/"out", *QUICK]
-    status, out, err = run(capsys, *words)
+    status, out, err = smoke(capsys, root, tmp_path/"out")
     assert status == 0 and "mask" in out.split("Note:", 1)[1], err
-    r = json.loads(run(capsys, *words, "--json")[1])
-    assert r["methods"]["two_stage"]["image_auroc"]["mean"] is not None and "pixel_auroc" not in r["methods"]["two_stage"]
-    assert list(r["methods"]["two_stage"]["difference"]) == ["image_auroc"]
+    tuned = json.loads(smoke(capsys, root, tmp_path/"out", "--json")[1])["methods"]["two_stage"]
+    assert tuned["image_auroc"]["mean"] is not None and "pixel_auroc" not in tuned
+    assert list(tuned["difference"]) == ["image_auroc"]
 
 
 def test_output_folder_is_a_file(capsys, tmp_path):
@@ -135,25 +172,30 @@ def test_output_folder_is_a_file(capsys, tmp_path):
     fails(capsys, 1, "--out", tmp_path/"out", says=["out", "--out"])
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0 and not shutil.which("chattr"), reason="root may write anywhere")
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+@pytest.mark.skipif(ROOT and not shutil.which("chattr"), reason="root may write anywhere")
 def test_read_only_output(capsys, tmp_path):
-    out = tmp_path/"out"; out.mkdir()
-    if os.geteuid() != 0: out.chmod(0o500)
-    else:
-        if subprocess.run(["chattr", "+i", out], capture_output=True).returncode: pytest.skip("this file system cannot protect a folder from root")
-    try: fails(capsys, 1, "--out", out, says=["out", "choose another folder"])
-    finally: subprocess.run(["chattr", "-i", out], capture_output=True); out.chmod(0o700)
+    out = tmp_path/"out"
+    out.mkdir()
+    if not ROOT:
+        out.chmod(0o500)
+    elif subprocess.run(["chattr", "+i", out], capture_output=True).returncode:
+        pytest.skip("this file system cannot protect a folder from root")
+    try:
+        fails(capsys, 1, "--out", out, says=["out", "choose another folder"])
+    finally:
+        subprocess.run(["chattr", "-i", out], capture_output=True)
+        out.chmod(0o700)
 
 
 def test_as_a_process(tmp_path):
     "Through the installed command: status, streams, and nothing but the sentence"
-    p = subprocess.run([str(Path(sys.executable).parent/"tocoad"), "run", "--root", str(tmp_path/"no"), "--category", "x", "--out", str(tmp_path/"o")], capture_output=True, text=True)
+    command = [str(Path(sys.executable).parent/"tocoad"), "run", "--root", str(tmp_path/"no"), "--category", "x"]
+    p = subprocess.run([*command, "--out", str(tmp_path/"o")], capture_output=True, text=True)
     assert p.returncode == 1 and p.stdout == "" and p.stderr.startswith("tocoad: ") and p.stderr.count("\n") == 1
-    p = subprocess.run([str(Path(sys.executable).parent/"tocoad"), "walk"], capture_output=True, text=True)
-    assert p.returncode == 2 and "Traceback" not in p.stderr
 
 
 def test_the_command_knows_the_profiles_there_are():
-    from tocoad import cli
-    from tocoad.run import config
-    assert cli.PROFILES == tuple(config.PROFILES)
+    assert get_args(cli.Profile) == tuple(config.PROFILES)

@@ -291,7 +291,7 @@ def test_dry_run_counts_what_is_shared(say, tmp_path):
     (["reproduce", "table5", "--profile", "smoke", "literal"], 2, "textures=embedded"),
     (["run", "--profile", "literal"], 2, "name the folder as textures=FOLDER"),
     (["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--profile", "paper", "--stages", "both"], 2, "name the folder as textures=FOLDER"),
-    (["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--set", "mask=cast"], 2, "it speaks of a test set with masks"),
+    (["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--set", "mask=cast"], 2, "judged by their worst patch"),
     (["run", "--set", "lr_head=-1"], 2, "lr_head must be 0 or more"),
     (["run", "--set", "colour=nan"], 2, "colour must be 0 or more"),
     (["runs", "list", "--store", "{tmp}/none"], 1, "there is no store at"),
