@@ -17,11 +17,12 @@ from torch.nn import functional as nnf
 from ..data.images import Category, crop, textures, to_float
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..measure.metrics import evaluate
+from ..method.arithmetic import arithmetic
 from ..method.contrast import CONTRASTS, Heads, Views, layer_spread
 from ..method.coreset import coreset
 from ..method.cutpaste import CutPaste
 from ..method.discriminator import Discriminator, LOSSES
-from ..method.features import Features, arithmetic
+from ..method.features import Features
 from ..method.finetune import finetune
 from ..method.halving import halving
 from ..method.memory import Memory, SCORERS, anomaly_maps, image_scores, patch_features
