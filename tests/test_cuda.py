@@ -8,23 +8,23 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from tocoad.method.arithmetic import PRECISIONS, arithmetic
 
-from tocoad.measure import metrics
-from tocoad.method import halving
-from tocoad.paper import tour
-from tocoad.run import compare, config, stages, store as store_room
-from tocoad.systems import tocoad as tocoad_room
 from tocoad.data.images import crop, textures, to_float
 from tocoad.data.load import load
-from tocoad.method import memory
+from tocoad.measure import metrics
+from tocoad.method import halving, memory
 from tocoad.method.coreset import coreset, radius
 from tocoad.method.cutpaste import CutPaste
-from tocoad.method.features import PRECISIONS, arithmetic
 from tocoad.method.finetune import finetune, ncl_step, sgd
 from tocoad.method.memory import Memory, anomaly_maps, coreset_plain, image_scores, score_paper, score_plain
 from tocoad.method.nsa import NSA
 from tocoad.method.perlin import Perlin
 from tocoad.method.pretrain import check_discriminator, pretrain, train_step
+from tocoad.paper import tour
+from tocoad.run import compare, config, stages
+from tocoad.systems import tocoad as tocoad_room
+from tocoad.run import store as store_room
 
 ON_A_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
 SIZE = 96
@@ -48,7 +48,8 @@ LOSSES = dict(fp32=1e-2, tf32=2e-2, bf16=5e-2)
 @pytest.fixture(autouse=True)
 def without_faiss(monkeypatch):
     "A CPU searches with faiss, which need not be where a GPU is"
-    if not find_spec("faiss"): monkeypatch.setattr(memory, "_faiss", memory._product)
+    if not find_spec("faiss"):
+        monkeypatch.setattr(memory, "_faiss", memory._product)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,10 @@ def test_features(device, images, backbone, precision):
     x = to_float(crop(images[:2], SIZE))
     on_cpu = copy.deepcopy(F).cpu()
     with torch.no_grad():
-        with arithmetic("fp32"): expected = on_cpu(x)
-        with arithmetic(precision, device): found, again = F(x.to(device)), F(x.to(device))
+        with arithmetic("fp32"):
+            expected = on_cpu(x)
+        with arithmetic(precision, device):
+            found, again = F(x.to(device)), F(x.to(device))
     assert all(m.dtype == torch.float32 and m.device.type == device for m in found)
     assert max(map(far, found, expected)) < MAPS[precision]
     assert all(map(torch.equal, found, again)), "the same twice"
@@ -159,7 +162,8 @@ def trained2(device, images, precision, contrast="simsiam", bn="train", generato
 _known = {}
 def expected(train, images, *how):
     "What the CPU computes in float32, once"
-    if (train, how) not in _known: _known[train, how] = train("cpu", images, "fp32", *how)
+    if (train, how) not in _known:
+        _known[train, how] = train("cpu", images, "fp32", *how)
     return _known[train, how]
 
 
@@ -179,10 +183,11 @@ def test_stage_2(device, images, contrast, bn, precision):
     "L_sym begins at 0 with random heads: it is compared in its own range, [-1, 1], and its gradient in float32 only"
     log, _ = trained2(device, images, precision, contrast, bn)
     known, _ = expected(trained2, images, contrast, bn)
-    for e, k in zip(log, known):
+    for e, k in zip(log, known, strict=True):
         np.testing.assert_allclose([e["L_neg"], e["g_neg"]], [k["L_neg"], k["g_neg"]], rtol=LOSSES[precision])
         np.testing.assert_allclose([e["L_sym"], e["spread"]], [k["L_sym"], k["spread"]], atol=LOSSES[precision])
-    if precision == "fp32": np.testing.assert_allclose(log[0]["g_sym"], known[0]["g_sym"], rtol=LOSSES["fp32"])
+    if precision == "fp32":
+        np.testing.assert_allclose(log[0]["g_sym"], known[0]["g_sym"], rtol=LOSSES["fp32"])
 
 
 @DEVICES
@@ -275,11 +280,15 @@ def test_one_category_from_end_to_end(device, tmp_path):
 @contextmanager
 def strict(device):
     "Any wait of the host for the GPU is an error"
-    if device != "cuda": yield; return
+    if device != "cuda":
+        yield
+        return
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    try: yield
-    finally: torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Allowed(torch.nn.Module):
@@ -290,17 +299,21 @@ class Allowed(torch.nn.Module):
 
     def forward(self, x):
         before = torch.cuda.get_sync_debug_mode() if x.is_cuda else 0
-        if x.is_cuda: torch.cuda.set_sync_debug_mode("default")
-        try: return self.inside(x)
+        if x.is_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        try:
+            return self.inside(x)
         finally:
-            if x.is_cuda: torch.cuda.set_sync_debug_mode(before)
+            if x.is_cuda:
+                torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("device", [on_a_gpu("cuda")])
 def test_waiting_is_an_error(device):
     "The switch that the next tests rely on works: a number asked for is an error"
     x = torch.ones(4, device=device)
-    with strict(device), pytest.raises(RuntimeError, match="synchroniz"): x.sum().item()
+    with strict(device), pytest.raises(RuntimeError, match="synchroniz"):
+        x.sum().item()
     assert x.sum().item() == 4
 
 
@@ -311,7 +324,8 @@ def test_no_wait_in_a_step_of_stage_1(device, images, generator):
     I, loss = to_float(crop(images[:4], SIZE)).to(device), tocoad_room._loss(c.loss1, c, {})
     step = partial(train_step, F.requires_grad_(False), D, G, I, new(), loss, torch.optim.Adam(D.train().parameters()))
     step()                                                                   # the first one makes Adam's state
-    with strict(device): losses = torch.stack([step() for _ in range(2)])
+    with strict(device):
+        losses = torch.stack([step() for _ in range(2)])
     assert losses.isfinite().all()
 
 
@@ -329,7 +343,8 @@ def test_no_wait_in_a_step_of_stage_2_but_for_the_views(device, images, contrast
         C.update(F)
         return said["L_neg"]
     step()
-    with strict(device): losses = torch.stack([step() for _ in range(2)])
+    with strict(device):
+        losses = torch.stack([step() for _ in range(2)])
     assert losses.isfinite().all()
 
 
@@ -337,13 +352,17 @@ def test_no_wait_in_a_step_of_stage_2_but_for_the_views(device, images, contrast
 def room(device, f, megabytes, rows):
     "A function that has so much more GPU memory; on a CPU one that fails above so many rows"
     def hungry(x):
-        if len(x) > rows: raise torch.OutOfMemoryError("out of memory")
+        if len(x) > rows:
+            raise torch.OutOfMemoryError("out of memory")
         return f(x)
-    if device != "cuda": yield hungry; return
+    if device != "cuda":
+        yield hungry
+        return
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + megabytes*2**20)/total)
-    try: yield f
+    try:
+        yield f
     finally:
         torch.cuda.set_per_process_memory_fraction(1.)
         torch.cuda.empty_cache()
@@ -354,7 +373,8 @@ def test_little_memory_halves_the_images(device, monkeypatch, caplog):
     "Maps of 64 images at 256 take about 900 MB on their way through F; 300 are there"
     c, F, _, _, _ = parts(device, size=256, resize=256)
     x = load(None, "mini", "washer", 256).train.images[:32].repeat(2, 1, 1, 1)
-    if device == "cpu": x = x[:12]
+    if device == "cpu":
+        x = x[:12]
     expected = tocoad_room.embed_batch(F, x[:2], c).cpu()
     with room(device, lambda i: tocoad_room.embed_batch(F, i, c).cpu(), 300, 6) as f, caplog.at_level(logging.WARNING):
         found, fits = halving.halving(f, x, len(x))

@@ -29,7 +29,8 @@ def data(tmp_path_factory, light):
     there, here = (tmp_path_factory.mktemp(n) for n in ("there", "here"))
     write_layout(here/"own", "mvtec", {"toothbrush": "washer"}, 300, (8, 3, 1))
     light["prepare"].pack(here/"own"/"toothbrush", "toothbrush/toothbrush", here/"toothbrush.tar")
-    with tarfile.open(here/"toothbrush.tar") as t: t.extractall(there/"data", filter="data")
+    with tarfile.open(here/"toothbrush.tar") as t:
+        t.extractall(there/"data", filter="data")
     one, other = (load(f, None, "toothbrush", 256) for f in (here/"own", there/"data"/"toothbrush"))
     assert one.fingerprint == other.fingerprint and len(one.train) == 8 and one.test.counts() == other.test.counts()
     return there/"data"
@@ -54,10 +55,12 @@ def test_runs_end_in_time_and_leave_what_they_found(data, tmp_path):
     words = "--device cpu --workers 1 --seeds 1 --profiles paper --seconds 120 --set".split() + settings.split()
     textures = data/"textures"
     textures.mkdir()
-    for f in (data/"toothbrush"/"toothbrush"/"train"/"good").iterdir(): (textures/f.name).write_bytes(f.read_bytes())
+    for f in (data/"toothbrush"/"toothbrush"/"train"/"good").iterdir():
+        (textures/f.name).write_bytes(f.read_bytes())
     run = carried_out("epochs", data, tmp_path/"out", *words)
     assert run.returncode == 0 and "failed" not in run.stdout, run.stdout + run.stderr
-    with tarfile.open(tmp_path/"out"/"store-0.tar") as t: t.extractall(tmp_path/"store", filter="data")
+    with tarfile.open(tmp_path/"out"/"store-0.tar") as t:
+        t.extractall(tmp_path/"store", filter="data")
     records = [json.loads(f.read_text()) for f in (tmp_path/"store"/"metrics").iterdir()]
     assert f"{len(records)} runs in" in run.stdout and "frozen F" in run.stdout and records
     assert {r["profile"] for r in records} == {"paper"} and {r["config"]["epochs2"] for r in records} == {1}

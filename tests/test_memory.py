@@ -12,17 +12,14 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as nnf
 
 from tocoad.data.images import BadInput
-from tocoad.method import coreset as rooms
 from tocoad.method import memory
+from tocoad.method.coreset import coreset, radius
 from tocoad.method.memory import (
     Memory,
     anomaly_maps,
-    coreset,
     coreset_plain,
     image_scores,
     patch_features,
-    radius,
-    score_images,
     score_paper,
     score_plain,
 )
@@ -66,14 +63,16 @@ def patches_by_hand(maps, kind, dims):
     return groups(torch.cat(big), dims or 1024).flatten(1).T
 
 
-@pytest.mark.parametrize("kind,dims,d", [("mean", None, 21), ("mean", 8, 8), ("patchcore", None, 1024), ("patchcore", 16, 16)])
+@pytest.mark.parametrize("kind,dims,d", [("mean", None, 21), ("mean", 8, 8),
+                                         ("patchcore", None, 1024), ("patchcore", 16, 16)])
 def test_patches_of_each_kind_and_width(kind, dims, d):
     "Three layers on grids that are not square and not multiples of each other"
     maps = [torch.randn(2, c, h, w, generator=seed(c)) for c, h, w in ((5, 6, 9), (7, 3, 5), (9, 2, 3))]
     P = patch_features(maps, dims, kind)
     assert P.shape == (2, 54, d) and P.dtype == torch.float32
     for i in range(2):
-        torch.testing.assert_close(P[i].double(), patches_by_hand([m[i] for m in maps], kind, dims), rtol=1e-5, atol=1e-5)
+        by_hand = patches_by_hand([m[i] for m in maps], kind, dims)
+        torch.testing.assert_close(P[i].double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
 def test_the_mean_forgets_where_in_the_neighbourhood_a_number_stood_and_patchcore_does_not():
@@ -85,7 +84,6 @@ def test_the_mean_forgets_where_in_the_neighbourhood_a_number_stood_and_patchcor
 
 def test_patch_features_may_be_a_function():
     assert patch_features([torch.ones(1, 2, 3, 3)], 5, lambda maps, dims: maps[0]*dims).unique() == 5
-    with pytest.raises(BadInput, match="unknown patch features 'max': take one of mean, patchcore"): patch_features([torch.ones(1, 2, 3, 3)], kind="max")
 
 
 # the coreset, Eq. 7
@@ -110,8 +108,9 @@ def test_among_copies_the_same_points_are_picked_and_each_copy_once(s):
         assert torch.equal(choice.sort().values, torch.arange(320)) and len(X[choice[:80]].unique(dim=0)) == 80
 
 
-@pytest.mark.parametrize("X", [torch.cartesian_prod(*[torch.arange(5.)]*4), torch.ones(50, 3), points(300, 12) + 1000, points(200, 8)*1e-4,
-    points(100, 400), points(400, 1), points(150, 3).repeat(3, 1)], ids=["lattice", "constant", "far away", "tiny", "wide", "a line", "copies"])
+@pytest.mark.parametrize("X", [torch.cartesian_prod(*[torch.arange(5.)]*4), torch.ones(50, 3), points(300, 12) + 1000,
+                               points(200, 8)*1e-4, points(100, 400), points(400, 1), points(150, 3).repeat(3, 1)],
+                         ids=["lattice", "constant", "far away", "tiny", "wide", "a line", "copies"])
 def test_every_choice_is_greedy(X):
     picks = coreset(X, .3, generator=seed(1))
     assert is_greedy(X - X.double().mean(0), picks) and len(picks) == int(.3*len(X) + 1e-6)
@@ -128,12 +127,14 @@ def test_picks_are_those_of_before():
 
 def test_size_start_and_seed():
     X = points(1000, 5)
-    assert [len(coreset(X, r)) for r in (.1, .0329, 1e-9, 1.)] == [100, 32, 1, 1000] and len(coreset(X, .5, n=7)) == 7 and len(coreset(X, n=5000)) == 1000
+    assert [len(coreset(X, r)) for r in (.1, .0329, 1e-9, 1.)] == [100, 32, 1, 1000]
+    assert len(coreset(X, .5, n=7)) == 7 and len(coreset(X, n=5000)) == 1000
     assert len(coreset(points(100, 2), ratio=.29)) == 29 and int(100*.29) == 28 # rounding does not cost a patch
     first, second = coreset(X, .2, generator=seed(1)), coreset(X, .2, generator=seed(2))
     assert torch.equal(first, coreset(X, .2, generator=seed(1))) and first[0] != second[0]
     assert torch.equal(first[:50], coreset(X, n=50, generator=seed(1)))       # fewer are the beginning of more
-    assert coreset(X, n=9, start=[7, 3, 1])[:3].tolist() == [7, 3, 1] and coreset(X, n=2, start=[7, 3, 1]).tolist() == [7, 3]
+    assert coreset(X, n=9, start=[7, 3, 1])[:3].tolist() == [7, 3, 1]
+    assert coreset(X, n=2, start=[7, 3, 1]).tolist() == [7, 3]
     assert is_greedy(X, coreset(X, n=40, start=17)) and coreset(X, n=40, start=17)[0] == 17
 
 
@@ -149,7 +150,8 @@ def patchcore_plain(X, n, dims, starts, generator):
 
 
 @pytest.mark.parametrize("s", range(4))
-@pytest.mark.parametrize("dims,starts,block", [(128, 10, None), (None, 10, None), (8, 10, 20), (128, 2, 5), (None, 3, 3)])
+@pytest.mark.parametrize("dims,starts,block", [(128, 10, None), (None, 10, None), (8, 10, 20),
+                                               (128, 2, 5), (None, 3, 3)])
 def test_patchcore_s_projection_and_starts(s, dims, starts, block):
     X = points(600, 150, s)*torch.linspace(.1, 3, 150)
     picks = coreset(X, n=60, project=dims, starts=starts, generator=seed(s), block=block)
@@ -159,7 +161,8 @@ def test_patchcore_s_projection_and_starts(s, dims, starts, block):
 def test_starts_are_not_stored_and_change_the_choice():
     X = points(500, 20)
     picks, start = coreset(X, n=25, starts=10, generator=seed(0)), patchcore_plain(X, 1, None, 10, seed(0))[1]
-    assert picks[0] == torch.cdist(X.double(), X[start].double()).mean(1).argmax() and not set(picks.tolist()) & set(start.tolist())
+    assert picks[0] == torch.cdist(X.double(), X[start].double()).mean(1).argmax()
+    assert not set(picks.tolist()) & set(start.tolist())
     assert not torch.equal(picks, coreset(X, n=25, generator=seed(0)))
     assert len(coreset(X[:6], n=6, starts=10, generator=seed(0)).unique()) == 6 # more starts than points: all of them
 
@@ -167,7 +170,8 @@ def test_starts_are_not_stored_and_change_the_choice():
 def test_projection():
     X = points(500, 60)
     assert not torch.equal(coreset(X, n=50, start=0), coreset(X, n=50, start=0, project=8, generator=seed(0)))
-    assert torch.equal(coreset(X, n=50, start=0), coreset(X, n=50, start=0, project=60)) # PatchCore maps only where the width differs
+    same = coreset(X, n=50, start=0, project=60) # PatchCore maps only where the width differs
+    assert torch.equal(coreset(X, n=50, start=0), same)
     solid = points(500, 3) @ points(3, 60)
     exact, one = (radius(solid, coreset(solid, n=100, start=0, project=p, generator=seed(0))) for p in (None, 1))
     assert exact < .9*one                                                     # one number a patch says too little
@@ -180,24 +184,26 @@ def test_log_tells_each_pass(starts):
     counts, radii = [p["picks"] for p in log], [p["radius"] for p in log]
     assert counts == sorted(set(counts)) and counts[-1] == len(picks) == 300 and len(log) < 60
     assert radii == sorted(radii, reverse=True) and log[0]["block"] == int(4*3000**.5)
-    if starts == 1: assert radii[-1] == pytest.approx(radius(X, picks[:-1]), rel=1e-5)
+    if starts == 1:
+        assert radii[-1] == pytest.approx(radius(X, picks[:-1]), rel=1e-5)
 
 
 def test_radius_is_the_value_of_eq_7():
     X = points(400, 7) + 50
     for kept in ([3], [0, 399], range(0, 400, 7)):
         kept = list(kept)
-        assert radius(X, kept) == pytest.approx(torch.cdist(X.double(), X[kept].double()).amin(1).max().item(), rel=1e-5)
+        largest = torch.cdist(X.double(), X[kept].double()).amin(1).max().item()
+        assert radius(X, kept) == pytest.approx(largest, rel=1e-5)
     assert radius(X, range(400)) == 0
-    best = min(max(min(math.dist(m, X[n]) for n in kept) for m in X[:9].tolist()) for kept in itertools.combinations(range(9), 3))
+    def cover(kept): return max(min(math.dist(m, X[n]) for n in kept) for m in X[:9].tolist())
+    best = min(map(cover, itertools.combinations(range(9), 3)))
     assert all(radius(X[:9], coreset(X[:9], n=3, start=s)) <= 2*best*(1 + 1e-5) for s in range(9))
 
 
-@pytest.mark.parametrize("wish,words", [(dict(ratio=10), "above 0 and at most 1"), (dict(ratio=0), "ratio is 0"), (dict(n=0), "cannot keep 0 of 40"),
-    (dict(start=40), "indices from 0 to 39"), (dict(start=[1, 1]), "distinct"), (dict(starts=0), "starts at least 1"), (dict(starts=4, start=2), "give one of them")],
-    ids=lambda w: " ".join(map(str, w)) if isinstance(w, dict) else "")
-def test_wrong_wishes_get_a_sentence(wish, words):
-    with pytest.raises(BadInput, match=words): coreset(points(40, 3), **wish)
+@pytest.mark.parametrize("ratio", (10, 0))
+def test_a_share_out_of_range_is_refused(ratio):
+    with pytest.raises(BadInput, match=f"ratio is {ratio}: .* above 0 and at most 1"):
+        coreset(points(40, 3), ratio)
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
@@ -205,18 +211,22 @@ def test_features_that_are_no_numbers_are_refused(value):
     X = points(40, 3)
     X[7, 1] = value
     for f in (coreset, lambda X: radius(X, [0])):
-        with pytest.raises(BadInput, match="NaN or infinite values"): f(X)
+        with pytest.raises(BadInput, match="NaN or infinite values"):
+            f(X)
 
 
 def test_too_little_memory_halves_the_chunks_and_changes_nothing(monkeypatch, caplog):
     X, product = points(2000, 12), torch.addmm
     whole = coreset(X, n=300, start=5)
     def cramped(*args, **kw):
-        if len(args[1]) > 500: raise MemoryError
+        if len(args[1]) > 500:
+            raise MemoryError
         return product(*args, **kw)
     monkeypatch.setattr(torch, "addmm", cramped)
-    with caplog.at_level(logging.WARNING): assert torch.equal(coreset(X, n=300, start=5), whole)
-    assert [r.getMessage() for r in caplog.records] == [f"memory ran out: going on with {n} patches at a time" for n in ("1,000", "500")]
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(coreset(X, n=300, start=5), whole)
+    said = [f"memory ran out: going on with {n} patches at a time" for n in ("1,000", "500")]
+    assert [r.getMessage() for r in caplog.records] == said
 
 
 # arithmetic
@@ -225,7 +235,8 @@ def test_too_little_memory_halves_the_chunks_and_changes_nothing(monkeypatch, ca
 @pytest.fixture(params=("autocast", "medium", "high"))
 def lowered(request):
     "A block in which products outside are less than float32"
-    if request.param == "autocast": yield torch.autocast("cpu", torch.bfloat16)
+    if request.param == "autocast":
+        yield torch.autocast("cpu", torch.bfloat16)
     else:
         torch.set_float32_matmul_precision(request.param)
         yield torch.enable_grad()
@@ -235,9 +246,10 @@ def lowered(request):
 def everything(X, Q):
     "All that room 7 computes by products"
     M = Memory(X.detach()[::3])
-    s = score_images(M, Q, (5, 9), "paper", size=(224, 200))
+    s = score_paper(M, Q)
     picks = coreset(X, .3, start=0), coreset(X, .3, generator=seed(0), project=256, starts=4)
-    return *picks, torch.tensor(radius(X, range(300))), s.maps, s.images, memory._product(M.bank)(Q[0], 3)
+    maps = anomaly_maps(s, (5, 9), (224, 200))
+    return *picks, torch.tensor(radius(X, range(300))), maps, image_scores(s), memory._product(M.bank)(Q[0], 3)
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +262,10 @@ def exact(wide): return everything(*wide)
 
 def test_products_stay_float32_whatever_is_switched_on_outside(wide, exact, lowered):
     X, Q = wide
-    with lowered: got = everything(X.clone().requires_grad_(), Q)
-    for a, b in zip(exact, got): assert a.dtype == b.dtype and not b.requires_grad and torch.equal(a, b)
+    with lowered:
+        got = everything(X.clone().requires_grad_(), Q)
+    for a, b in zip(exact, got, strict=True):
+        assert a.dtype == b.dtype and not b.requires_grad and torch.equal(a, b)
 
 
 def test_features_in_half_precision_are_compared_in_single():
@@ -265,8 +279,9 @@ def test_features_in_half_precision_are_compared_in_single():
 def test_gpu_and_cpu_agree():
     X, Q = points(3000, 64), points(56, 64, 1).view(2, 28, 64)
     assert torch.equal(coreset(X.cuda(), .1, start=0).cpu(), coreset(X, .1, start=0))
-    a, b = (score_images(Memory(X[::10].to(d)), Q.to(d), (4, 7), "paper") for d in ("cpu", "cuda"))
-    for x, y in ((a.maps, b.maps), (a.images, b.images)): torch.testing.assert_close(x, y.cpu(), rtol=1e-4, atol=1e-4)
+    a, b = (score_paper(Memory(X[::10].to(d)), Q.to(d)) for d in ("cpu", "cuda"))
+    for x, y in ((a, b), (anomaly_maps(a, (4, 7)), anomaly_maps(b, (4, 7)))):
+        torch.testing.assert_close(x, y.cpu(), rtol=1e-4, atol=1e-4)
 
 
 # search
@@ -275,7 +290,8 @@ def test_gpu_and_cpu_agree():
 def test_search_agrees_with_scikit_learn():
     bank, Q = points(400, 30)*5 + 40, points(66, 30, 1).view(3, 22, 30)*5 + 40
     d, idx = Memory(bank).search(Q, 7)
-    D, I = NearestNeighbors(n_neighbors=7, algorithm="brute").fit(bank.double().numpy()).kneighbors(Q.double().flatten(0, 1).numpy())
+    reference = NearestNeighbors(n_neighbors=7, algorithm="brute").fit(bank.double().numpy())
+    D, I = reference.kneighbors(Q.double().flatten(0, 1).numpy())
     np.testing.assert_allclose(d.flatten(0, 1), D, rtol=1e-5)
     assert (idx.flatten(0, 1).numpy() == I).all() and d.shape == idx.shape == (3, 22, 7)
     assert torch.equal(memory._product(bank)(Q[0], 7), idx[0])
@@ -286,18 +302,21 @@ def test_a_stored_patch_is_at_distance_zero_however_far_from_the_origin():
     d, idx = M.search(M.bank)
     assert d.max() == 0 and torch.equal(idx[:, 0], torch.arange(300))
     assert M.search(M.bank[0])[0].shape == (1,) and M.search(M.bank[:5], k=10**6)[0].shape == (5, 300)
-    with pytest.raises(BadInput, match="patches of 40 numbers and was asked for 39"): M.search(points(5, 39))
+    with pytest.raises(BadInput, match="patches of 40 numbers and was asked for 39"):
+        M.search(points(5, 39))
 
 
 def test_without_faiss_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(BadInput, match=r"pip install tocoad\[cpu\]"): Memory(points(5, 3)).search(points(2, 3))
+    with pytest.raises(BadInput, match=r"pip install tocoad\[cpu\]"):
+        Memory(points(5, 3)).search(points(2, 3))
 
 
 def test_memory_stores_the_patches_themselves():
     P = points(600, 16).view(6, 100, 16)
     M = Memory.fit(P, .25, generator=seed(0), project=4, starts=10)
-    assert M.bank.shape == (150, 16) and torch.equal(M.bank, P.flatten(0, 1)[M.idx]) and repr(M) == "Memory(150 of 600 patches x 16)"
+    assert M.bank.shape == (150, 16) and torch.equal(M.bank, P.flatten(0, 1)[M.idx])
+    assert repr(M) == "Memory(150 of 600 patches x 16)"
     assert torch.equal(M.bank, Memory.fit(P.flatten(0, 1), n=150, generator=seed(0), project=4, starts=10).bank)
 
 
@@ -339,13 +358,15 @@ def test_limits_of_the_factor():
     lonely = torch.cat([torch.zeros(1, 2), 500 + torch.rand(8, 2, generator=seed(0))])
     assert score_paper(Memory(lonely), torch.tensor([[3., 4.]])).item() == pytest.approx(5, rel=1e-6)
     assert score_paper(Memory(torch.zeros(1, 2)), torch.tensor([[3., 4.]])).item() == 0
-    with pytest.raises(BadInput, match="b is 0"): score_paper(Memory(corners), torch.zeros(1, 9), 0)
+    with pytest.raises(BadInput, match="b is 0"):
+        score_paper(Memory(corners), torch.zeros(1, 9), 0)
 
 
 def test_distances_too_large_for_the_exponential():
     bank = torch.tensor([[0.], [10.], [30.]])
     assert math.isinf(torch.tensor(2000.).exp())
-    assert score_paper(Memory(bank), torch.tensor([[-2000.]]), 3).item() == pytest.approx(2000*(1 - math.exp(-30)/(1 + math.exp(-20) + math.exp(-30))), rel=1e-6)
+    known = 2000*(1 - math.exp(-30)/(1 + math.exp(-20) + math.exp(-30)))
+    assert score_paper(Memory(bank), torch.tensor([[-2000.]]), 3).item() == pytest.approx(known, rel=1e-6)
 
 
 @pytest.mark.parametrize("scorer", (score_plain, score_paper))
@@ -375,12 +396,11 @@ def test_maps_are_up_sampling_and_scipy_s_filter(grid, size, sigma):
 def test_smoothing_lowers_peaks_and_keeps_constants():
     S = torch.ones(2, 784)
     S[1, 300] = 10
-    flat, none, much = anomaly_maps(S, (28, 28)), anomaly_maps(S, (28, 28), sigma=0), anomaly_maps(S, (28, 28), sigma=8.)
+    flat, none, much = (anomaly_maps(S, (28, 28), sigma=s) for s in (4., 0, 8.))
     torch.testing.assert_close(flat[0], torch.ones(224, 224))
     assert none[1].max() > flat[1].max() > much[1].max() > 1
     y, x = divmod(flat[1].argmax().item(), 224)
     assert (y//8, x//8) == divmod(300, 28)
-    with pytest.raises(BadInput, match="784 scores an image do not fill a grid of 28 x 27"): anomaly_maps(S, (28, 27))
 
 
 def test_image_score_of_the_patches_and_of_the_map_rank_differently():
@@ -392,23 +412,3 @@ def test_image_score_of_the_patches_and_of_the_map_rank_differently():
     maps = anomaly_maps(S, (28, 28))
     patches, smooth = image_scores(S), image_scores(S, maps, "map")
     assert patches.tolist() == [10, 8] and smooth[0] < smooth[1] and torch.equal(smooth, maps.flatten(1).max(1).values)
-    with pytest.raises(BadInput, match="needs the maps"): image_scores(S, kind="map")
-    with pytest.raises(BadInput, match="unknown image score 'mean': take patches or map"): image_scores(S, maps, "mean")
-
-
-def test_each_setting_of_score_images_reaches_its_place():
-    M, Q = Memory(points(90, 4)), points(2*36, 4, 1).view(2, 36, 4)*1.5
-    base, s = score_images(M, Q, (6, 6), size=48), score_plain(M, Q)
-    assert torch.equal(base.images, s.amax(1)) and torch.equal(base.maps, anomaly_maps(s, (6, 6), 48, 4.))
-    paper, few = (score_images(M, Q, (6, 6), "paper", b=b, size=48) for b in (9, 2))
-    assert torch.equal(paper.maps, anomaly_maps(score_paper(M, Q, 9), (6, 6), 48)) and torch.equal(few.images, score_paper(M, Q, 2).amax(1))
-    sharp = score_images(M, Q, (6, 6), size=(48, 30), sigma=0, image_score="map")
-    assert sharp.maps.shape == (2, 48, 30) and torch.equal(sharp.images, sharp.maps.amax((1, 2))) and (sharp.images <= base.images + 1e-5).all()
-    own = score_images(M, Q, (6, 6), lambda memory, Q, b: torch.full(Q.shape[:2], float(b)), b=3, size=8)
-    assert own.images.tolist() == [3, 3] and repr(own) == "Scores(2 images from 3 to 3, maps 8 x 8)"
-    with pytest.raises(BadInput, match="unknown scorer 'softmax': take one of plain, paper"): score_images(M, Q, (6, 6), "softmax")
-
-
-def test_rooms():
-    "The memory hands on the coreset of its own room"
-    assert coreset is rooms.coreset and radius is rooms.radius

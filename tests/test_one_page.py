@@ -27,7 +27,8 @@ def page(tmp_path_factory):
     values = ", ".join(f"{k}={k}" for k in SHOWN)
     differences = ", ".join(f"{k}=({k}.mean, {k}.low, {k}.high)" for k in METRICS)
     save = f"import pickle; pickle.dump(dict({values}, {differences}), open({str(out)!r}, 'wb'))"
-    nb.cells = [nbformat.v4.new_code_cell("import torch; torch.set_num_threads(1)"), *nb.cells, nbformat.v4.new_code_cell(save)]
+    first, last = map(nbformat.v4.new_code_cell, ("import torch\ntorch.set_num_threads(1)", save))
+    nb.cells = [first, *nb.cells, last]
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(PAGE.parent)}}).execute()
     return pickle.loads(out.read_bytes())
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from .data.errors import BadInput
-from .run.source import PACKAGE
 from .paper.regenerate import run_notebook
+from .run.source import PACKAGE
 
 # %% ../nbs/bench.ipynb #20dfb269
 FOLDER = PACKAGE.parent/"nbs"/"bench"
@@ -40,6 +40,7 @@ def measure(
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *([path] if path else [])]) # for `import measuring`
     def run(name, **given):
+        "Whether a notebook ran and wrote its results"
         (file := out/"bench"/f"{name}.json").unlink(missing_ok=True)
         start, why = time.perf_counter(), run_notebook(name, out, dict(given, out=str(out)), notebook_of(name))
         log(f"{name}: {why or 'done'} ({time.perf_counter() - start:.0f} s)")

@@ -7,7 +7,9 @@ __all__ = ['auroc_se', 'Interval', 'paired_bootstrap', 'mean_interval', 'pixel_c
 
 # %% ../../nbs/measure/2_intervals.ipynb #2edc17ea
 from dataclasses import dataclass
+
 import numpy as np
+
 from ..data.errors import BadInput
 from .metrics import STATS, _area, _maps, _measure, _np, _pair, _tail, aupro, region_weights
 
@@ -30,26 +32,33 @@ class Interval:
     high:float # upper end
     level:float # nominal coverage, such as 0.95
     n:int # bootstrap draws
+
     @property
-    def excludes_zero(self) -> bool: return bool(self.low > 1e-9 or self.high < -1e-9) # beyond float noise; False for NaN
+    def excludes_zero(self) -> bool: # beyond float noise; False for NaN
+        "Whether the interval excludes 0"
+        return bool(self.low > 1e-9 or self.high < -1e-9)
+
     def __repr__(self):
-        if np.isnan(self.mean): return "undefined (one class is missing)"
+        if np.isnan(self.mean):
+            return "undefined (one class is missing)"
         tail = "excludes 0" if self.excludes_zero else "holds 0"
-        return f"{100*self.mean:+.2f} points [{100*self.low:+.2f}, {100*self.high:+.2f}], {100*self.level:g} % of {self.n:,} draws, {tail}"
+        ends = f"[{100*self.low:+.2f}, {100*self.high:+.2f}]"
+        return f"{100*self.mean:+.2f} points {ends}, {100*self.level:g} % of {self.n:,} draws, {tail}"
 
 # %% ../../nbs/measure/2_intervals.ipynb #c9d407e9
 def _draws(y, n, rng):
     "(n, N) how often each image is drawn; classes apart"
     W = np.zeros((n, len(y)))
     for g in (y, ~y):
-        if k := g.sum(): W[:, g] = rng.multinomial(k, np.full(k, 1/k), n)
+        if k := g.sum():
+            W[:, g] = rng.multinomial(k, np.full(k, 1/k), n)
     return W
 
 # %% ../../nbs/measure/2_intervals.ipynb #3a013652
 def _replicates(W, p, n, stat):
     "(R,) `stat` for each row of weights W (R, N), from counts over rising bins p, n (N, B)"
     out, h, B = [], np.concatenate([p, n], 1), p.shape[1]
-    for w in np.array_split(W, -(-W.shape[0]*B//1_000_000)):                # about 8 MB a piece
+    for w in np.array_split(W, -(-W.shape[0]*B//1_000_000)): # about 8 MB a piece
         a, b = np.split(w @ h, [B], 1)
         f1 = _tail(b)
         out.append(stat(a, f1 - b, f1, f1[:, :1]))
@@ -64,20 +73,24 @@ def _image_counts(y, s):
 # %% ../../nbs/measure/2_intervals.ipynb #e8f1df54
 def _bootstrap(y, a, b, count, exact, stat, n, level, seed):
     "Interval of mean-over-seeds exact(b) - exact(a); `count` gives an image's counts, the spread comes from them"
-    if len(a) != len(b): raise BadInput(f"a holds {len(a)} seeds and b {len(b)}: give the same seeds of both methods.")
-    if not (0 < level < 1 and n >= 1): raise BadInput(f"level is {level} and n is {n}: give a level in (0, 1) and at least one draw.")
+    if len(a) != len(b):
+        raise BadInput(f"a holds {len(a)} seeds and b {len(b)}: give the same seeds of both methods.")
+    if not (0 < level < 1 and n >= 1):
+        raise BadInput(f"level is {level} and n is {n}: give a level in (0, 1) and at least one draw.")
     mean = float(np.mean([exact(x) for x in b]) - np.mean([exact(x) for x in a]))
-    if np.isnan(mean): return Interval(np.nan, np.nan, np.nan, level, n)
+    if np.isnan(mean):
+        return Interval(np.nan, np.nan, np.nan, level, n)
     rng, S = np.random.default_rng(seed), len(a)
-    W = np.r_[np.ones((1, len(y))), _draws(y, n, rng)]                     # first row: the test set as it is
+    W = np.r_[np.ones((1, len(y))), _draws(y, n, rng)] # first row: the test set as it is
     ra, rb = (np.stack([_replicates(W, *count(x), stat) for x in m], 1) for m in (a, b))
-    d, k = rb - ra, rng.multinomial(max(S - 1, 1), np.full(S, 1/S), n)     # (n + 1, S), (n, S)
+    d, k = rb - ra, rng.multinomial(max(S - 1, 1), np.full(S, 1/S), n) # (n + 1, S), (n, S)
     d = (d[1:]*k).sum(1)/k.sum(1) + mean - d[0].mean()
     return Interval(mean, *map(float, np.quantile(d, [(1 - level)/2, (1 + level)/2])), level, n)
 
 def _seeds(x, ndim):
     "A list over seeds of arrays with `ndim` axes"
-    if not len(x): raise BadInput("there are no scores to compare: give at least one seed of each method.")
+    if not len(x):
+        raise BadInput("there are no scores to compare: give at least one seed of each method.")
     x = x if isinstance(x, (list, tuple)) and np.ndim(x[0]) == ndim else _np(x)
     x = [_np(v) for v in x] if len(x) and np.ndim(x[0]) == ndim else [_np(x)]
     return x
@@ -89,12 +102,13 @@ def paired_bootstrap(
     b, # the same for the other method: same images, same seeds
     metric:str="image_auroc", # image_auroc, image_ap or image_f1
     n:int=2000, # draws
-    level:float=0.95, # nominal coverage of the interval
+    level:float=.95, # nominal coverage of the interval
     seed:int=0, # of the draws, so that an interval is reproducible
 ) -> Interval: # of metric(b) - metric(a), mean over seeds
     "Difference of two methods' image metrics on the same test images, with its bootstrap interval"
     a, b, k = _seeds(a, 1), _seeds(b, 1), metric.removeprefix("image_")
-    if k not in STATS or k == metric: raise BadInput(f"metric is {metric!r}: give one of {', '.join('image_' + k for k in STATS)}.")
+    if k not in STATS or k == metric:
+        raise BadInput(f"metric is {metric!r}: give one of {', '.join('image_' + k for k in STATS)}.")
     y = [_pair(labels, s, "image_scores")[0] for s in [*a, *b]][0]
     return _bootstrap(y, a, b, lambda s: _image_counts(y, s), lambda s: _measure(k, y, s), STATS[k], n, level, seed)
 
@@ -106,21 +120,21 @@ def mean_interval(
     if len({i.level for i in intervals}) != 1:
         raise BadInput("the intervals have no common level: give at least one, all of the same level.")
     m, l, h = np.array([(i.mean, i.low, i.high) for i in intervals]).T
-    side = lambda e: float(((m - e)**2).sum()**.5/len(m))
-    return Interval(float(m.mean()), float(m.mean()) - side(l), float(m.mean()) + side(h), intervals[0].level, min(i.n for i in intervals))
+    mean, below, above = float(m.mean()), *(float(((m - e)**2).sum()**.5/len(m)) for e in (l, h))
+    return Interval(mean, mean - below, mean + above, intervals[0].level, min(i.n for i in intervals))
 
 # %% ../../nbs/measure/2_intervals.ipynb #46756eb6
 def pixel_counts(
     masks, # (N, H, W) bool
     maps, # (N, H, W) anomaly maps of one method and seed
     bins:int=2000, # about so many bins
-) -> tuple: # three (N, B) arrays over rising bins: anomalous pixels, normal pixels, anomalous pixels by 1/area of their region
+) -> tuple: # three (N, B) arrays over rising bins: anomalous, normal, anomalous by 1/area of their region
     "Each image's pixels as counts, from which any weighted test set can be measured"
     m, x = _maps(masks, maps)
     pos, w, N = x[m], region_weights(m), len(m)
     pick = lambda v: np.sort(v)[np.linspace(0, len(v) - 1, min(bins//2, len(v))).astype(int)]
     edges = np.unique(np.r_[pick(pos), pick(x.ravel()[::x.size//500_000 | 1])])
-    below = np.stack([np.searchsorted(np.sort(v, None), edges) for v in x])         # (N, B - 1)
+    below = np.stack([np.searchsorted(np.sort(v, None), edges) for v in x]) # (N, B - 1)
     both = np.diff(below, prepend=0, append=m[0].size)
     at = np.repeat(np.arange(N), m.sum((1, 2)))*both.shape[1] + np.searchsorted(edges, pos, "right")
     p, w = (np.bincount(at, v, both.size).reshape(both.shape) for v in (None, w))
@@ -132,9 +146,9 @@ def paired_bootstrap_pixels(
     a, # (N, H, W) or (S, N, H, W) maps of one method, or a list over S seeds
     b, # the same for the other method: same images, same seeds
     metric:str="pixel_auroc", # pixel_auroc, pixel_ap, pixel_f1 or aupro
-    limit:float=0.3, # AUPRO's largest false positive rate
+    limit:float=.3, # AUPRO's largest false positive rate
     n:int=2000, # draws
-    level:float=0.95, # nominal coverage of the interval
+    level:float=.95, # nominal coverage of the interval
     seed:int=0, # of the draws
     bins:int=2000, # see `pixel_counts`
 ) -> Interval: # of metric(b) - metric(a), mean over seeds; the mean is exact, the spread comes from the bins
@@ -143,7 +157,9 @@ def paired_bootstrap_pixels(
     if metric != "aupro" and (k not in STATS or k == metric):
         raise BadInput(f"metric is {metric!r}: give one of {', '.join('pixel_' + k for k in STATS)}, aupro.")
     m = [_maps(masks, x, limit)[0] for x in [*a, *b]][0]
-    if k == "aupro": exact, stat, row = (lambda x: aupro(m, x, limit)), (lambda *t: _area(*t, limit)), 2
-    else: exact, stat, row = (lambda x: _measure(k, m, x)), STATS[k], 0
+    if k == "aupro":
+        exact, stat, row = (lambda x: aupro(m, x, limit)), (lambda *t: _area(*t, limit)), 2
+    else:
+        exact, stat, row = (lambda x: _measure(k, m, x)), STATS[k], 0
     count = lambda x: [c[i] for c in [pixel_counts(m, x, bins)] for i in (row, 1)]
     return _bootstrap(m.any((1, 2)), a, b, count, exact, stat, n, level, seed)

@@ -7,8 +7,10 @@ __all__ = ['auroc', 'average_precision', 'f1_max', 'region_weights', 'aupro', 'e
 
 # %% ../../nbs/measure/1_metrics.ipynb #a99b9f46
 import warnings
+
 import numpy as np
 from scipy import ndimage
+
 from ..data.errors import BadInput
 
 # %% ../../nbs/measure/1_metrics.ipynb #4dca66ed
@@ -23,27 +25,33 @@ def _np(x):
 def _pair(labels, scores, what="scores"):
     "Labels as bool beside scores, both checked"
     y, s = _np(labels), _np(scores)
-    if y.shape != s.shape: raise BadInput(f"labels are {y.shape} and {what} {s.shape}: give one score for each label.")
+    if y.shape != s.shape:
+        raise BadInput(f"labels are {y.shape} and {what} {s.shape}: give one score for each label.")
     if y.dtype != bool:
-        if not ((y == 0) | (y == 1)).all(): raise BadInput(f"labels beside the {what} hold values other than 0 and 1: binarise them first.")
+        if not ((y == 0) | (y == 1)).all():
+            raise BadInput(f"labels beside the {what} hold values other than 0 and 1: binarise them first.")
         y = y.astype(bool)
     if not (ok := np.isfinite(s)).all():
         i = np.unravel_index(ok.argmin(), s.shape)
-        raise BadInput(f"{what} hold {s[i]} at index {tuple(map(int, i))}: look for the step that made it, metrics need finite scores.")
+        raise BadInput(f"{what} hold {s[i]} at index {tuple(map(int, i))}: look for the step that made it, "
+                       "metrics need finite scores.")
     return y, s
 
 # %% ../../nbs/measure/1_metrics.ipynb #00e2b0f0
 def _above(v, y, s, parts=5):
-    "How many scores of normal items lie above each of the rising v, and how many at or above it (2, len(v)); sorted in parts, which count together"
+    "How many scores of normal items lie above each of the rising v, and how many at or above it (2, len(v))"
     f, y, s = np.zeros((2, len(v)), int), y.reshape(-1), s.reshape(-1)
     for k in range(parts):
         part = slice(len(s)*k//parts, len(s)*(k + 1)//parts)
         neg = s[part][~y[part]]
-        if not len(neg): continue
+        if not len(neg):
+            continue
         neg.sort()
         i = np.searchsorted(neg, v)
         tied = np.flatnonzero(neg.take(i, mode="clip") == v)
-        f[1] += len(neg) - i; i[tied] = np.searchsorted(neg, v[tied], "right"); f[0] += len(neg) - i
+        f[1] += len(neg) - i
+        i[tied] = np.searchsorted(neg, v[tied], "right")
+        f[0] += len(neg) - i
     return f
 
 def _rows(pos):
@@ -61,7 +69,8 @@ def _area(p, f0, f1, N, limit=1.):
     "Area under the curve of p over f/N from 0 to `limit`, divided by `limit`; ties are straight slopes"
     L = limit*N
     h = 1 - (f0 + f1)/(2*L)
-    if limit < 1: h = np.where(f1 <= L, h, np.maximum(L - f0, 0)**2/(2*L*np.maximum(f1 - f0, 1)))
+    if limit < 1:
+        h = np.where(f1 <= L, h, np.maximum(L - f0, 0)**2/(2*L*np.maximum(f1 - f0, 1)))
     return (p*h).sum(-1)/p.sum(-1)
 
 # %% ../../nbs/measure/1_metrics.ipynb #8da83750
@@ -70,13 +79,16 @@ STATS = dict(auroc=_area)
 def _measure(name, labels, scores):
     "The statistic `name` of `STATS` over labels and scores"
     y, s = _pair(labels, scores)
-    if _undefined(name, y.any(), not y.all()): return np.nan
+    if _undefined(name, y.any(), not y.all()):
+        return np.nan
     return float(STATS[name](*_table(y, s)))
 
 def _undefined(what, pos, neg):
     "Warns and is true where a class is missing"
-    if pos and neg: return False
-    warnings.warn(f"{what}: undefined, so NaN, since the labels hold no {'normal' if pos else 'anomalous'} item.")
+    if pos and neg:
+        return False
+    lacking = "normal" if pos else "anomalous"
+    warnings.warn(f"{what}: undefined, so NaN, since the labels hold no {lacking} item.", stacklevel=2)
     return True
 
 # %% ../../nbs/measure/1_metrics.ipynb #946b60ab
@@ -93,10 +105,12 @@ def _tail(p):
     return np.cumsum(p[..., ::-1], -1)[..., ::-1]
 
 def _ap(p, f0, f1, N):
+    "Average precision"
     tp = _tail(p)
     return (p*tp/np.maximum(tp + f1, 1)).sum(-1)/p.sum(-1)
 
 def _f1(p, f0, f1, N):
+    "The largest F1"
     tp = _tail(p)
     return (2*tp/(tp[..., :1] + tp + f1)).max(-1)
 
@@ -134,14 +148,17 @@ def region_weights(
 def _maps(masks, maps, limit=.3):
     "Masks and maps, checked"
     m, x = _pair(masks, maps, "maps")
-    if m.ndim != 3: raise BadInput(f"masks and maps are {m.shape}: give (N, H, W), one map an image.")
-    if not 0 < limit <= 1: raise BadInput(f"the limit of AUPRO is {limit}: give a false positive rate in (0, 1], such as 0.3.")
+    if m.ndim != 3:
+        raise BadInput(f"masks and maps are {m.shape}: give (N, H, W), one map an image.")
+    if not 0 < limit <= 1:
+        raise BadInput(f"the limit of AUPRO is {limit}: give a false positive rate in (0, 1], such as 0.3.")
     return m, x
 
 def _weighted(m, x):
     "The distinct anomalous scores, rising, the pixels at each, and their weight"
     pos = x[m]
-    o = pos.argsort(); pos = pos[o]
+    o = pos.argsort()
+    pos = pos[o]
     i = _rows(pos)
     return pos[i], np.diff(i, append=len(pos)), np.add.reduceat(region_weights(m)[o], i)
 
@@ -149,11 +166,12 @@ def _weighted(m, x):
 def aupro(
     masks, # (N, H, W) bool, True = anomalous
     maps, # (N, H, W) anomaly scores, any finite range, higher = more anomalous
-    limit:float=0.3, # largest false positive rate of the integral, in (0, 1]
+    limit:float=.3, # largest false positive rate of the integral, in (0, 1]
 ) -> float: # in [0, 1]; NaN, with a warning, where anomalous or normal pixels are missing
     "Area under the per-region overlap curve up to `limit`, divided by `limit`"
     m, x = _maps(masks, maps, limit)
-    if _undefined("aupro", m.any(), not m.all()): return np.nan
+    if _undefined("aupro", m.any(), not m.all()):
+        return np.nan
     v, _, w = _weighted(m, x)
     return float(_area(w, *_above(v, m, x), np.count_nonzero(~m), limit))
 
@@ -163,14 +181,17 @@ def evaluate(
     masks, # (N, H, W) bool, or None: image metrics only
     image_scores, # (N,) higher = more anomalous
     maps=None, # (N, H, W) anomaly maps at the masks' size
-    limit:float=0.3, # AUPRO's largest false positive rate
+    limit:float=.3, # AUPRO's largest false positive rate
 ) -> dict: # name -> value in [0, 1]; NaN, with a warning, where undefined
     "Every metric of one category: image_auroc, image_ap, image_f1, pixel_auroc ... aupro"
     y, s = _pair(labels, image_scores, "image_scores")
     r = _stats("image", None if _undefined("image metrics", y.any(), not y.all()) else _table(y, s))
-    if masks is None: return r
+    if masks is None:
+        return r
     m, x = _maps(masks, maps, limit)
-    if len(m) != len(y): raise BadInput(f"there are {len(y)} labels and {len(m)} masks: give one mask an image, empty where it is normal.")
+    if len(m) != len(y):
+        raise BadInput(f"there are {len(y)} labels and {len(m)} masks: give one mask an image, "
+                       "empty where it is normal.")
     if (i := np.flatnonzero(m.any((1, 2)) & ~y)).size:
         raise BadInput(f"image {i[0]} is labelled normal, but its mask marks pixels: mend the label or the mask.")
     return r | _pixels(y, m, x, limit)
@@ -185,9 +206,9 @@ def _pixels(y, m, x, limit):
     if _undefined("pixel metrics", m.any(), not m.all()):
         return _stats("pixel", None) | dict(pixel_auroc_anomalous=np.nan, aupro=np.nan)
     (v, p, w), y, bad = _weighted(m, x), y[:, None, None], np.count_nonzero(m)
-    f, N = _above(v, m | ~y, x), y.sum()*m[0].size - bad                    # over anomalous images
+    f, N = _above(v, m | ~y, x), y.sum()*m[0].size - bad # over anomalous images
     only = np.nan if _undefined("pixel_auroc_anomalous", True, N) else _area(p, *f, N)
-    f += _above(v, m | y, x)                                                # and over normal ones
+    f += _above(v, m | y, x) # and over normal ones
     pro = _area(w, *f, m.size - bad, limit)
     return _stats("pixel", (p, *f, m.size - bad)) | dict(pixel_auroc_anomalous=float(only), aupro=float(pro))
 
@@ -197,5 +218,6 @@ def mean_std(
 ) -> tuple: # (mean, sample standard deviation); the deviation of a single value is NaN
     "Mean and sample standard deviation of a few seeds"
     v = _np(values).astype(float).ravel()
-    if not v.size: raise BadInput("there are no values to average: no seed of this cell has finished.")
+    if not v.size:
+        raise BadInput("there are no values to average: no seed of this cell has finished.")
     return float(v.mean()), float(v.std(ddof=1)) if v.size > 1 else np.nan

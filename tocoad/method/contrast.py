@@ -7,11 +7,13 @@ __all__ = ['PREDICTORS', 'CONTRASTS', 'Views', 'neg_cosine', 'sym_loss', 'projec
            'mean_cosine', 'health', 'layer_spread', 'SimSiam', 'BYOL', 'tensors']
 
 # %% ../../nbs/method/5_contrast.ipynb #34b160e8
-import kornia.augmentation as K, torch
+import kornia.augmentation as K
+import torch
+from .arithmetic import arithmetic
 from torch import nn
 from torch.func import functional_call
+
 from ..data.images import BadInput
-from .features import arithmetic
 
 # %% ../../nbs/method/5_contrast.ipynb #947dd8e8
 class Views(nn.Module):
@@ -86,11 +88,11 @@ class Heads(nn.Module):
     def forward(self, maps): # F's four maps -> projections z (B, d), one per head
         "Pool and project"
         f = [nn.functional.adaptive_avg_pool2d(maps[l - 1], self.pool).flatten(1) for l in self.layers]
-        return [g(x) for g, x in zip(self.projectors, [torch.cat(f, 1)] if self.concat else f)]
+        return [g(x) for g, x in zip(self.projectors, [torch.cat(f, 1)] if self.concat else f, strict=True)]
 
     def predict(self, zs): # projections -> predictions p (B, d), one per head
         "Predictions from projections"
-        return [h(z) for h, z in zip(self.predictors, zs)]
+        return [h(z) for h, z in zip(self.predictors, zs, strict=True)]
 
 # %% ../../nbs/method/5_contrast.ipynb #09cec964
 def spread(z): # projections (B, d)
@@ -107,8 +109,8 @@ def mean_cosine(z): # projections (B, d)
 @torch.no_grad()
 def health(zs, names): # projections (B, d) of one view, one per head; names of the heads
     "Is C collapsing? `spread` and `cosine` of the worst head, then of every head"
-    spreads = {f"spread_{n}": spread(z) for n, z in zip(names, zs)}
-    cosines = {f"cosine_{n}": mean_cosine(z) for n, z in zip(names, zs)}
+    spreads = {f"spread_{n}": spread(z) for n, z in zip(names, zs, strict=True)}
+    cosines = {f"cosine_{n}": mean_cosine(z) for n, z in zip(names, zs, strict=True)}
     smallest, largest = torch.stack(list(spreads.values())).min(), torch.stack(list(cosines.values())).max()
     return dict(spread=smallest, cosine=largest, **spreads, **cosines)
 
@@ -137,7 +139,8 @@ class SimSiam(nn.Module):
     def compare(self, zs, targets): # both M x heads x (B, d)
         "Mean over heads of Eq. 5: predictions from `zs` should meet `targets`"
         ps = [self.heads.predict(z) for z in zs]
-        losses = [sym_loss(p, t, self.printed) for p, t in zip(zip(*ps), zip(*targets))]
+        heads = range(len(self.heads.names))
+        losses = [sym_loss([p[h] for p in ps], [t[h] for t in targets], self.printed) for h in heads]
         return sum(losses)/len(losses), health(zs[0], self.heads.names)
 
     def update(self, F): "After each optimiser step: nothing to do"
@@ -151,7 +154,8 @@ class BYOL(SimSiam):
 
     def forward(self, F, images): # as `SimSiam`
         "SimSiam's loss with the target's projections; at the first step the target is a copy"
-        if self.target is None: self.target = [tensors(F), tensors(self.heads)]
+        if self.target is None:
+            self.target = [tensors(F), tensors(self.heads)]
         views = [self.views(images) for _ in range(self.M)]
         zs = [self.heads(F(v)) for v in views]
         return self.compare(zs, [self.project(F, v) for v in views])
@@ -165,9 +169,11 @@ class BYOL(SimSiam):
     @torch.no_grad()
     def update(self, F):
         "After each optimiser step: parameters move towards the trained ones, statistics are copied"
-        for target, trained in zip(self.target, (F, self.heads)):
-            for k, p in trained.named_parameters(): target[k].lerp_(p, 1 - self.ema)
-            for k, b in trained.named_buffers(): target[k].copy_(b)
+        for target, trained in zip(self.target, (F, self.heads), strict=True):
+            for k, p in trained.named_parameters():
+                target[k].lerp_(p, 1 - self.ema)
+            for k, b in trained.named_buffers():
+                target[k].copy_(b)
 
 # %% ../../nbs/method/5_contrast.ipynb #62962775
 def tensors(module): # -> dict of clones

@@ -6,9 +6,11 @@
 __all__ = ['radius', 'coreset']
 
 # %% ../../nbs/method/appendix/coreset.ipynb #75e812b6
-import numpy as np, torch
+import numpy as np
+import torch
+from .arithmetic import arithmetic
+
 from ..data.images import BadInput
-from .features import arithmetic
 from .halving import halving
 
 # %% ../../nbs/method/appendix/coreset.ipynb #6521da36
@@ -27,7 +29,7 @@ class _Distances:
     "Squared distances of N points to a growing set of them, in memory O(N)"
     def __init__(self, X):
         self.X = X
-        self.room = 2**26 if X.is_cuda else 2**18    # numbers held at a time; on a CPU they fit its cache
+        self.room = 2**26 if X.is_cuda else 2**18 # numbers held at a time; on a CPU they fit its cache
         self.mu = X.mean(0, dtype=torch.float32)
         if not self.mu.isfinite().all():
             raise BadInput("the features hold NaN or infinite values: look at the network or images they come from")
@@ -40,15 +42,15 @@ class _Distances:
     def _each(self, f, rows, width):
         "A number for each row, in chunks that need `width` numbers a row"
         out, fits = halving(f, rows, max(1, self.room//width), what="patch")
-        if fits < len(rows): self.room = min(self.room, fits*width)
+        self.room = min(self.room, fits*width) if fits < len(rows) else self.room
         return out
 
 # %% ../../nbs/method/appendix/coreset.ipynb #eb9c9832
 def _add(D, new, beyond=-1.):
     "Points join the set: distances above `beyond` are looked at again"
     for c in new.split(2**11):
-        C, rows = D[c].T, D.rows[D.d > beyond]                                # (dims, p)
-        near = lambda r: torch.addmm(D.sq[c], D[r], C, alpha=-2).amin(1) + D.sq[r]
+        C, rows = D[c].T, D.rows[D.d > beyond] # (dims, p)
+        near = lambda r, c=c, C=C: torch.addmm(D.sq[c], D[r], C, alpha=-2).amin(1) + D.sq[r]
         D.d[rows] = torch.minimum(D.d[rows], D._each(near, rows, max(C.shape)).clamp_(min=0))
     D.d[new] = -1
 
@@ -78,9 +80,9 @@ def _mean_distances(D, c):
 # %% ../../nbs/method/appendix/coreset.ipynb #0894dd12
 def _project(X, dims, generator):
     "A random linear map to `dims` numbers"
-    if dims is None or dims == X.shape[1]: return X
-    where = "cpu" if generator is None else generator.device
-    R = torch.randn(X.shape[1], dims, generator=generator, device=where)/dims**.5
+    if dims is None or dims == X.shape[1]:
+        return X
+    R = torch.randn(X.shape[1], dims, generator=generator)/dims**.5
     return torch.cat([x.float() @ R.to(X.device) for x in X.split(2**14)])
 
 # %% ../../nbs/method/appendix/coreset.ipynb #1a082ad2
@@ -90,41 +92,39 @@ def _size(N, ratio, n):
         if not 0 < ratio <= 1:
             raise BadInput(f"ratio is {ratio}: give the share of the patches to keep, above 0 and at most 1")
         n = max(1, int(N*ratio + 1e-6))
-    if N < 1 or n < 1: raise BadInput(f"cannot keep {n} of {N} patches: both must be at least 1")
     return min(n, N)
 
 def _start(N, start, starts, generator):
     "The first points, drawn with the generator if none are given"
-    if starts < 1 or starts > 1 and start is not None:
-        raise BadInput(f"starts is {starts} and start {start}: give one of them, and starts at least 1")
-    where = dict(generator=generator, device="cpu" if generator is None else generator.device)
-    if starts > 1: return torch.randperm(N, **where)[:starts]
-    s = torch.randint(N, (1,), **where) if start is None else torch.as_tensor(start).reshape(-1)
-    if not 0 <= s.min() <= s.max() < N or len(s.unique()) < len(s):
-        raise BadInput(f"start {s.tolist()}: give distinct indices from 0 to {N - 1}")
-    return s
+    if start is not None:
+        return torch.as_tensor(start).reshape(-1)
+    if starts > 1:
+        return torch.randperm(N, generator=generator)[:starts]
+    return torch.randint(N, (1,), generator=generator)
 
 # %% ../../nbs/method/appendix/coreset.ipynb #e5afad8b
 def coreset(
     X, ratio:float=.1, n:int=None, # features (N, D), on any device; share of the points to keep, in (0, 1]; or number
-    start=None, # index or indices of the first points; None: one at random
-    generator=None, # torch.Generator of the start and the projection
-    block:int=None, # points that a pass looks at closely; None: 4 sqrt(N)
+    start=None, generator=None, # index or indices of the first points, None: one at random; torch.Generator
+    block:int=None, log:list=None, # points that a pass looks at closely, None: 4 sqrt(N); receives a dict for each pass
     project:int=None, # dimensions of a random projection to choose in; None: the features themselves
     starts:int=1, # above 1: begin with the mean distance to so many random points, none stored by itself
-    log:list=None, # receives a dict for each pass
 ) -> torch.Tensor: # indices (n,), distinct, in the order of picking
     "Greedy selection (Eq. 7), exact, with many picks for each pass over the data"
     n, N = _size(len(X), ratio, n), len(X)
     first = _start(N, start, starts, generator).to(X.device)
     with torch.no_grad(), arithmetic("fp32", X.device):
         D, picks = _Distances(_project(X, project, generator)), first[:n if starts == 1 else 0]
-        if starts > 1: D.d = _mean_distances(D, first).square()
-        else: _add(D, picks)
+        if starts > 1:
+            D.d = _mean_distances(D, first).square()
+        else:
+            _add(D, picks)
         while len(picks) < n:
             size = min(block or int(4*N**.5), N - len(picks))
             new, r2 = _pass(D, n - len(picks), size)
             picks = torch.cat([picks, new])
-            if log is not None: log.append(dict(picks=len(picks), radius=r2**.5, block=size))
-            if len(picks) < n: _add(D, new, beyond=r2/4)
+            if log is not None:
+                log.append(dict(picks=len(picks), radius=r2**.5, block=size))
+            if len(picks) < n:
+                _add(D, new, beyond=r2/4)
     return picks

@@ -35,7 +35,8 @@ DEPTHS = {"resnet18": (2, 2, 2)} # residual blocks at layers 3, 2, 1; all other 
 
 def block(backbone:str, c:int): # the backbone that D inverts; channels in and out, divisible by 4
     "One residual block of the backbone's own kind"
-    if backbone == "resnet18": return BasicBlock(c, c)
+    if backbone == "resnet18":
+        return BasicBlock(c, c)
     return Bottleneck(c, c//4, base_width=64 if backbone == "resnet50" else 128)
 
 # %% ../../nbs/method/3_discriminator.ipynb #c704f1d8
@@ -64,7 +65,7 @@ class Discriminator(nn.Module):
     ):
         super().__init__()
         c1, c2, c3, c4 = channels
-        widths = zip((c4, c3, c2), (c3, c2, c1), DEPTHS.get(backbone, (3, 4, 6)))
+        widths = zip((c4, c3, c2), (c3, c2, c1), DEPTHS.get(backbone, (3, 4, 6)), strict=True)
         self.rises = nn.ModuleList(Rise(below, c, [block(backbone, c) for _ in range(n)]) for below, c, n in widths)
         self.top = nn.Sequential(*_double(c1, c1//2), *_double(c1//2, c1//4), nn.Conv2d(c1//4, 2, 3, padding=1))
         self.to(memory_format=torch.channels_last)
@@ -72,6 +73,6 @@ class Discriminator(nn.Module):
     def forward(self, maps): # F's four maps, strides 4, 8, 16, 32
         "Logits (B, 2, H, W) of normal and anomalous at image size, float32"
         layer1, layer2, layer3, x = maps
-        for rise, skip in zip(self.rises, (layer3, layer2, layer1)):
+        for rise, skip in zip(self.rises, (layer3, layer2, layer1), strict=True):
             x = rise(x, skip)
         return self.top(x).float()

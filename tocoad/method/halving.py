@@ -6,20 +6,23 @@
 __all__ = ['out_of_memory', 'halving']
 
 # %% ../../nbs/method/appendix/halving.ipynb #e2e2b930
-import logging, re
+import logging
+import re
+
 import torch
+
 from ..data.images import BadInput
 
 # %% ../../nbs/method/appendix/halving.ipynb #7a56e157
 def out_of_memory(e): # an exception
     "Whether an error means that memory ran out, on a GPU or on the CPU"
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return True
     return isinstance(e, RuntimeError) and bool(re.search("can't allocate memory|bad_alloc|out of memory", str(e)))
 
 # %% ../../nbs/method/appendix/halving.ipynb #436b2272
 def halving(
-    f, x, batch:int, # rows -> tensor, one row each; rows (N, ...); rows at once, to begin with
-    say=logging.getLogger(__name__).warning, what:str="image", # told when memory runs out; a row
+    f, x, batch:int, what:str="image", # rows -> tensor, one row each; rows (N, ...); rows at once at first; a row
 ) -> tuple: # f(x), and the batch that fitted
     "Apply a function in batches, in smaller ones if memory runs out"
     rows, at = [], 0
@@ -27,16 +30,16 @@ def halving(
         try:
             rows.append(f(x[at:at + batch]))
             at += batch
+            continue
         except Exception as e:
-            if not out_of_memory(e): raise
-            batch = _half(min(batch, len(x) - at), say, what)
+            if not out_of_memory(e):
+                raise
+        if (left := min(batch, len(x) - at)) == 1:
+            raise BadInput(f"memory is too small for a single {what}: "
+                           "choose a smaller size or coreset for the model, or another device")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        batch = (left + 1)//2
+        several = f"{batch:,} {what}{'es' if what[-1] == 'h' else 's'}"
+        logging.getLogger(__name__).warning(f"memory ran out: going on with {several} at a time")
     return torch.cat(rows), batch
-
-def _half(n, say, what):
-    if n == 1:
-        raise BadInput(f"memory is too small for a single {what}: "
-                       "choose a smaller size or coreset for the model, or another device")
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    batch = (n + 1)//2
-    say(f"memory ran out: going on with {batch:,} {what}{'es' if what[-1] == 'h' else 's'} at a time")
-    return batch

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PATCHES', 'SCORERS', 'patches_mean', 'patches_patchcore', 'patch_features', 'coreset_plain', 'Memory', 'score_plain',
-           'score_paper', 'anomaly_maps', 'image_scores', 'Scores', 'score_images']
+           'score_paper', 'anomaly_maps', 'image_scores']
 
 # %% ../../nbs/method/7_memory.ipynb #0e5c4b58
-import math, numpy as np, torch
-from dataclasses import dataclass
+import numpy as np
+import torch
 from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
+from .arithmetic import arithmetic
 from torch.nn import functional as nnf
+
 from ..data.images import BadInput
-from .coreset import coreset, radius
-from .features import arithmetic
+from .coreset import coreset
 from .halving import halving
 
 # %% ../../nbs/method/7_memory.ipynb #2feb2928
@@ -30,21 +31,13 @@ def patches_mean(maps, dims:int=None): # (B, C_l, h_l, w_l), the finest first; n
 # %% ../../nbs/method/7_memory.ipynb #0ad3a889
 def patches_patchcore(maps, dims:int=1024): # (B, C_l, h_l, w_l), the finest first; numbers kept of layers and patches
     "3x3 neighbourhoods (B, h*w, dims), each layer pooled to `dims` numbers, the layers together pooled to `dims`"
-    size, dims = maps[0].shape[-2:], dims or 1024
-    def pooled(m):
-        p = nnf.unfold(m, 3, padding=1).mT                                    # (B, h_l*w_l, 9 C_l)
-        return nnf.adaptive_avg_pool1d(p, dims).mT.unflatten(2, m.shape[-2:])
-    f = torch.cat([_to_grid(pooled(m), size) for m in maps], 1)               # (B, L dims, h, w)
-    return nnf.adaptive_avg_pool1d(f.flatten(2).mT, dims)
+    size, dims, f = maps[0].shape[-2:], dims or 1024, []
+    for m in maps:
+        p = nnf.unfold(m, 3, padding=1).mT # (B, h_l*w_l, 9 C_l)
+        f.append(_to_grid(nnf.adaptive_avg_pool1d(p, dims).mT.unflatten(2, m.shape[-2:]), size))
+    return nnf.adaptive_avg_pool1d(torch.cat(f, 1).flatten(2).mT, dims)
 
 # %% ../../nbs/method/7_memory.ipynb #a9bbdb42
-def _chosen(table, kind, what):
-    "A function given as such or by its name"
-    if callable(kind): return kind
-    if kind not in table:
-        raise BadInput(f"unknown {what} {kind!r}: take one of {', '.join(table)}, or pass a function")
-    return table[kind]
-
 PATCHES = {"mean": patches_mean, "patchcore": patches_patchcore}
 
 def patch_features(
@@ -52,16 +45,16 @@ def patch_features(
     kind="mean", # a key of `PATCHES`, or a function of (maps, dims)
 ) -> torch.Tensor: # (B, h*w, d)
     "Patch features: one vector for each place of the finest grid"
-    return _chosen(PATCHES, kind, "patch features")(maps, dims)
+    return (kind if callable(kind) else PATCHES[kind])(maps, dims)
 
 # %% ../../nbs/method/7_memory.ipynb #bded7a2b
 def coreset_plain(X, n:int, start:int=0): # features (N, D); points to keep; the first one
     "Greedy selection (Eq. 7), one pass over the data for each pick: indices (n,) in the order of picking"
     picks, d = [start], X.new_full((len(X),), torch.inf)
     while len(picks) < n:
-        d = torch.minimum(d, (X - X[picks[-1]]).norm(dim=1))                  # min over the set (N,)
+        d = torch.minimum(d, (X - X[picks[-1]]).norm(dim=1)) # min over the set (N,)
         d[picks] = -1
-        picks.append(int(d.argmax()))                                         # max over the points
+        picks.append(int(d.argmax())) # max over the points
     return torch.tensor(picks, device=X.device)
 
 # %% ../../nbs/method/7_memory.ipynb #68d864b6
@@ -87,19 +80,20 @@ class Memory:
 
 # %% ../../nbs/method/7_memory.ipynb #dc7526f4
 def _product(bank):
-    "Exact neighbours by one matrix product, as a GPU likes it: |c - q|^2/2 but for q's own length"
+    "Exact neighbours by one matrix product: |c - q|^2/2 but for q's own length"
     half = bank.square().sum(1)/2
-    def find(q, k):
+    def find(q, k): # patches (P, d); neighbours
+        "Their indices (P, k)"
         with torch.no_grad(), arithmetic("fp32", q.device):
             return torch.addmm(half, q, bank.T, alpha=-1).topk(k, largest=False).indices
     return find
 
 def _faiss(bank):
     "Exact neighbours by faiss"
-    try: import faiss
+    try:
+        import faiss
     except ImportError:
-        raise BadInput("the memory searches with faiss, which is not installed: pip install tocoad[cpu], "
-                       "or tocoad[gpu] on a machine with a GPU") from None
+        raise BadInput("faiss is not installed: pip install tocoad[cpu], or tocoad[gpu] beside a GPU.") from None
     index = faiss.IndexFlatL2(bank.shape[1])
     index.add(bank.numpy())
     return lambda q, k: torch.from_numpy(index.search(q.numpy(), k)[1])
@@ -108,8 +102,8 @@ def _faiss(bank):
 @patch
 def distances(self:Memory, Q, idx): # patches (P, d); stored patches to compare each with (P, k)
     "Euclidean distances (P, k) of patches to given stored ones, from their differences"
-    rows = max(1, 2**20//(idx.shape[1]*Q.shape[1]))
-    return torch.cat([(q[:, None] - self.bank[i]).norm(dim=-1) for q, i in zip(Q.split(rows), idx.split(rows))])
+    pieces = (t.split(max(1, 2**20//(idx.shape[1]*Q.shape[1]))) for t in (Q, idx))
+    return torch.cat([(q[:, None] - self.bank[i]).norm(dim=-1) for q, i in zip(*pieces, strict=True)])
 
 @patch
 def search(self:Memory, Q, k:int=1): # patches (..., d); neighbours, at most M
@@ -118,7 +112,8 @@ def search(self:Memory, Q, k:int=1): # patches (..., d); neighbours, at most M
         raise BadInput(f"the memory holds patches of {self.bank.shape[1]} numbers and was asked for {Q.shape[-1]}: "
                        "take both from the same backbone, layers and dims")
     q, mu = Q.to(self.bank).reshape(-1, Q.shape[-1]), self.bank.mean(0)
-    if self._find is None: self._find = (_product if mu.is_cuda else _faiss)(self.bank - mu)
+    if self._find is None:
+        self._find = (_product if mu.is_cuda else _faiss)(self.bank - mu)
     idx = halving(lambda p: self._find(p - mu, min(k, len(self))), q, 2**12, what="patch")[0]
     d, order = self.distances(q, idx).sort(-1)
     return tuple(t.reshape(*Q.shape[:-1], idx.shape[1]).to(Q.device) for t in (d, idx.gather(-1, order)))
@@ -132,21 +127,20 @@ def score_plain(memory, Q, b:int=9): # a `Memory`; patches (..., d); not used, a
 @patch
 def neighbours(self:Memory, b:int=9): # neighbours, the patch itself counted
     "N_b of each stored patch: indices (M, b), each row begins with the patch itself"
-    if b < 1: raise BadInput(f"b is {b}: a neighbourhood holds at least one patch, itself")
     if b not in self._near:
         idx, own = self.search(self.bank, b)[1], torch.arange(len(self), device=self.bank.device)[:, None]
-        others = (idx == own).long().argsort(dim=-1, stable=True)              # the patch itself last
+        others = (idx == own).long().argsort(dim=-1, stable=True) # the patch itself last
         self._near[b] = torch.cat([own, idx.gather(-1, others)[:, :-1]], -1)
     return self._near[b]
 
 # %% ../../nbs/method/7_memory.ipynb #703fc0a7
 def score_paper(memory, Q, b:int=9): # a `Memory`; patches (..., d); neighbourhood, the nearest patch counted
     "The re-weighted distance (Eq. 9), (...): between (1 - 1/b) and 1 times the plain score"
-    p = Q.to(memory.bank).reshape(-1, Q.shape[-1])                            # (P, d)
-    c_star = memory.search(p)[1][:, 0]                                        # (P,)
-    E = memory.distances(p, memory.neighbours(b)[c_star])                     # (P, b), c* first
-    s = E[:, 0]                                                               # s' of Eq. 8
-    factor = -torch.expm1(s - E.logsumexp(1))                                 # 1 - exp(s')/sum exp(E)
+    p = Q.to(memory.bank).reshape(-1, Q.shape[-1]) # (P, d)
+    c_star = memory.search(p)[1][:, 0] # (P,)
+    E = memory.distances(p, memory.neighbours(b)[c_star]) # (P, b), c* first
+    s = E[:, 0] # s' of Eq. 8
+    factor = -torch.expm1(s - E.logsumexp(1)) # 1 - exp(s')/sum exp(E)
     return (factor*s).reshape(Q.shape[:-1]).to(Q.device)
 
 SCORERS = {"plain": score_plain, "paper": score_paper}
@@ -165,39 +159,12 @@ def anomaly_maps(
     size=224, sigma:float=4., # side of a square map, or (H, W); deviation of the smoothing, pixels, 0: none
 ) -> torch.Tensor: # (N, H, W)
     "Patch scores as smooth maps of the image's size"
-    if scores.shape[-1] != math.prod(grid):
-        raise BadInput(f"{scores.shape[-1]} scores an image do not fill a grid of {grid[0]} x {grid[1]}: "
-                       "give the grid of the finest layer")
     sides = (size, size) if isinstance(size, int) else size
-    A, B = (_spread(n, s, sigma).float().to(scores.device) for n, s in zip(grid, sides))
+    A, B = (_spread(n, s, sigma).float().to(scores.device) for n, s in zip(grid, sides, strict=True))
     with torch.no_grad(), arithmetic("fp32", scores.device):
         return A @ scores.float().unflatten(-1, grid) @ B.T
 
 # %% ../../nbs/method/7_memory.ipynb #1c863dbf
 def image_scores(scores, maps=None, kind:str="patches"): # patch scores (N, h*w); maps (N, H, W), for "map"
     "One score (N,) for each image: the largest of its patches, or with kind \"map\" of its map"
-    if kind not in ("patches", "map"): raise BadInput(f"unknown image score {kind!r}: take patches or map")
-    if kind == "map" and maps is None:
-        raise BadInput("the image score 'map' needs the maps: pass maps=anomaly_maps(...)")
-    return scores.amax(-1) if kind == "patches" else maps.amax((-2, -1))
-
-# %% ../../nbs/method/7_memory.ipynb #7d1925c8
-@dataclass(repr=False)
-class Scores:
-    "What the memory says about a batch of images"
-    maps: torch.Tensor   # (N, H, W)
-    images: torch.Tensor # (N,)
-    def __repr__(self):
-        size = " x ".join(map(str, self.maps.shape[1:]))
-        low, high = self.images.min(), self.images.max()
-        return f"Scores({len(self.images)} images from {low:.3g} to {high:.3g}, maps {size})"
-
-def score_images(
-    memory, Q, grid:tuple, # a `Memory`; patches of N images (N, h*w, d); (h, w)
-    scorer="plain", b:int=9, # a key of `SCORERS`, or a function of (memory, Q, b); neighbourhood of Eq. 9
-    size=224, sigma:float=4., image_score="patches", # see `anomaly_maps`; see `image_scores`
-) -> Scores: # maps and image scores
-    "Score images: patches to maps and one number each"
-    s = _chosen(SCORERS, scorer, "scorer")(memory, Q, b)
-    maps = anomaly_maps(s, grid, size, sigma)
-    return Scores(maps, image_scores(s, maps, image_score))
+    return maps.amax((-2, -1)) if kind == "map" else scores.amax(-1)

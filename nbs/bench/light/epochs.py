@@ -24,7 +24,7 @@ MOST = 12e6                                                                   # 
 def jobs(images, seeds, profiles, settings):
     "(profile, category, seed, row), the most wanted first: a long one goes early or, beyond its first seed, last"
     from tocoad.paper import rows as rows_room
-    from tocoad.run import config, store as store_room
+    from tocoad.run import config
     out = []
     for profile in profiles:
         bn2 = config.settings(settings).get("bn2", config.config(profile).bn2)
@@ -47,7 +47,8 @@ def data_of(folder, category, size):
 
 def carry_out(job, a):
     "The metrics of one run, and the files of its store that are worth keeping"
-    from tocoad.run import compare, config, store as store_room
+    from tocoad.run import compare, config
+    from tocoad.run import store as store_room
     profile, category, seed, row = job
     settings = config.settings([f"textures={a.data/'textures'}", *a.set])
     size = settings.get("resize", 256)
