@@ -10,10 +10,13 @@ __all__ = ['INK', 'GREY', 'HUES', 'forest', 'ablation_forest', 'comparison_fores
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
+
 from ..data.errors import BadInput
+from ..files import whole
 from .published import label
-from .report import Results, _metrics, gain, groups_of
+from .report import Results, gain, groups_of, lines, printed_metrics, shown
 from ..run.report import METHOD_NAMES
 
 # %% ../../nbs/paper/drawing.ipynb #e30d17fe
@@ -24,44 +27,44 @@ def forest(
     "Differences and their intervals around 0"
     from matplotlib.figure import Figure
     labels = list(dict.fromkeys(k for p in panels.values() for s in p.values() for k, d in s.items() if d is not None))
-    many = max(len(p) for p in panels.values())
+    many = max(map(len, panels.values()))
     fig = Figure(figsize=(9.5, 1.1 + .2*len(labels)*max(1, .55*many)), layout="constrained", dpi=80)
-    for ax, (name, series) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (name, series) in zip(axes, panels.items(), strict=True):
         ax.axvline(0, color="0.3", lw=.8)
         for k, (what, points) in enumerate(series.items()):
-            at = [(labels.index(l) + .7*((k + .5)/len(series) - .5), d) for l, d in points.items() if d is not None]
-            if at: ax.errorbar([d.mean for _, d in at], [y for y, _ in at], xerr=np.array([(d.mean - d.low, d.high - d.mean) for _, d in at]).T.clip(0),
-                               fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
-        ax.set_title(name, fontsize=9); ax.tick_params(labelsize=8); ax.grid(axis="x", alpha=.25); ax.spines[["top", "right", "left"]].set_visible(False)
-    axes = fig.axes
-    axes[0].set_yticks(range(len(labels)), labels); axes[0].set_ylim(len(labels) - .4, -.6)
-    if many > 1: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8); fig.suptitle(heading, fontsize=8)
+            d = np.array([(labels.index(l), d.mean, d.low, d.high) for l, d in points.items() if d is not None])
+            y, mean, low, high = d.reshape(-1, 4).T
+            ax.errorbar(mean, y + .7*((k + .5)/len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
+                        fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
+        ax.set_title(name, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(axis="x", alpha=.25)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .4, -.6))
+    if many > 1:
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8)
+    fig.suptitle(heading, fontsize=8)
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #f2454dc1
-def ablation_forest(
-    r:Results, # of table4 to table9
-    base:str="frozen F",
-): # matplotlib figure
-    "Each setting's gain over the frozen F, averaged over the categories that are there"
-    dataset = "mini" if r.sheet["mini"] else "mvtec_ad"
-    every = groups_of(dataset)["total_avg"]
-    points = lambda x, m: {row.name: gain(x, row.name, base, m, dataset, every) for row in x.plan if row.name != base}
-    series = lambda m: {x.sheet["profile"] if r.beside else "": points(x, m) for x in (r, *r.beside)}
-    return forest({label(m): series(m) for m in ("image_auroc", "pixel_auroc")}, r.title())
+def _over(r, make, metrics): # make: function of `Results` and a metric -> series
+    every = lambda m: {k: v for x in (r, *r.beside) for k, v in make(x, m).items()}
+    return forest({label(m): every(m) for m in metrics}, r.heading())
 
-def comparison_forest(
-    r:Results, # of table1, table2 or table3
-    base:str="frozen F",
-): # matplotlib figure
+def ablation_forest(r:Results, base:str="frozen F"): # r: of table4 to table9; matplotlib figure
+    "Each setting's gain over the frozen F, averaged over the categories that are there"
+    every = groups_of(r.dataset)["total_avg"]
+    points = lambda x, m: {y.name: gain(x, y.name, base, m, r.dataset, every) for y in shown(x) if y.name != base}
+    return _over(r, lambda x, m: {x.sheet["profile"] if r.beside else "": points(x, m)}, ("image_auroc", "pixel_auroc"))
+
+def comparison_forest(r:Results, base:str="frozen F"): # r: of table1, table2 or table3; matplotlib figure
     "Each method's gain over the frozen F, by category and on average"
-    n, d = int(r.target[-1]), r.runs.dataset.iloc[0]
-    there = [c for c in groups_of(d)["total_avg"] if c in set(r.runs.category)]
-    over = {label(c): c for c in there} | {label(a): cs for a, cs in groups_of(d, n == 1).items()}
     named = lambda x, row: f"{row}, {x.sheet['profile']}" if r.beside else row
-    series = lambda m: {named(x, row): {k: gain(x, row, base, m, d, v) for k, v in over.items()} for x in (r, *r.beside) for row in x.rows if row != base}
-    return forest({label(m): series(m) for m in _metrics(n)}, r.title())
+    points = lambda x, row, m: {label(k): gain(x, row, base, m, *at) for k, *at in lines(x)}
+    series = lambda x, m: {named(x, row): points(x, row, m) for row in x.rows if row != base}
+    return _over(r, series, printed_metrics(int(r.target[-1])))
 
 # %% ../../nbs/paper/drawing.ipynb #8d8ed4a5
 def heat_maps(
@@ -76,37 +79,37 @@ def heat_maps(
     from matplotlib.figure import Figure
     names = ["input", "mask", *(METHOD_NAMES.get(m, m) for m in maps)]
     fig = Figure(figsize=(1.5*len(names) + .8, 1.5*len(images) + .6), layout="constrained", dpi=90)
-    axes = fig.subplots(len(images), len(names), squeeze=False)
+    axes = fig.subplots(len(images), len(names), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     for i, row in enumerate(axes):
         row[0].imshow(np.moveaxis(np.asarray(images[i]), 0, -1))
         row[1].imshow(np.zeros_like(images[i][0]) if masks is None else masks[i], cmap="gray", vmin=0, vmax=1)
-        for ax, m in zip(row[2:], maps.values()): shown = ax.imshow(m[i], cmap="inferno", vmin=0, vmax=top)
+        for ax, m in zip(row[2:], maps.values(), strict=True):
+            drawn = ax.imshow(m[i], cmap="inferno", vmin=0, vmax=top)
         row[0].set_ylabel(defects[i], fontsize=8)
-    for ax in axes.flat: ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
-    for ax, name in zip(axes[0], names): ax.set_title(name, fontsize=9)
-    bar = fig.colorbar(shown, ax=axes, shrink=.5, aspect=30, ticks=range(int(top) + 1)); bar.ax.tick_params(labelsize=7)
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name, fontsize=9)
+    bar = fig.colorbar(drawn, ax=axes, shrink=.5, aspect=30, ticks=range(int(top) + 1))
     bar.set_label("0: median of good images, 1: their 99th percentile", fontsize=7)
     fig.suptitle(textwrap.fill(heading, int(16*fig.get_figwidth())), fontsize=8)
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #9468c3f4
-def save(
-    fig, # matplotlib figure
-    path, # file to write; its folder is made if needed
-) -> Path:
+def save(fig, path) -> Path: # fig: matplotlib figure; path: file to write, in a folder that is made if needed
     "Write a figure; one sentence if that is impossible"
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        fig.savefig(part, format=path.suffix[1:], dpi=160, metadata=dict(CreationDate=None) if path.suffix == ".pdf" else None)
-        part.replace(path)
-    except OSError as e: raise BadInput(f"Cannot write {path}: {e.strerror}; choose another folder with --out.") from None
+        with whole(path) as aside:
+            undated = dict(CreationDate=None) if path.suffix == ".pdf" else None
+            fig.savefig(aside, format=path.suffix[1:], dpi=160, metadata=undated)
+    except OSError as e:
+        raise BadInput(f"Cannot write {path}: {e.strerror}; choose another folder with --out.") from None
     return path
 
 # %% ../../nbs/paper/drawing.ipynb #eebb8b57
 INK, GREY = "#23272e", "#7b828d"
-HUES = dict(frozen="#4f77a3", tuned="#c8682b", good="#5c8f6e", bad="#b8324f", G="#5c8f6e", D="#7d62a8", C="#3f8a8c", M="#a3833c") # what each colour stands for
+HUES = dict(frozen="#4f77a3", tuned="#c8682b", good="#5c8f6e", bad="#b8324f", G="#5c8f6e", D="#7d62a8", C="#3f8a8c",
+            M="#a3833c") # what each colour stands for
 
 class Tile(NamedTuple):
     "A rectangle on a board"
@@ -114,44 +117,35 @@ class Tile(NamedTuple):
     y: float # inches from the top
     w: float
     h: float
-    def at(self,
-        side:str, # "left", "right", "top", "bottom" or "centre"
-        gap:float=0., # inches outwards
-        along:float=.5, # where on that side, from its left or upper end
-    ) -> tuple: # x, y
+    def at(self, side:str, gap:float=0., along:float=.5) -> tuple: # inches outwards; share of the side
         "A point of the rim, or the centre"
         x, y = self.x + along*self.w, self.y + along*self.h
-        return dict(left=(self.x - gap, y), right=(self.x + self.w + gap, y), top=(x, self.y - gap), bottom=(x, self.y + self.h + gap), centre=(x, y))[side]
+        return dict(left=(self.x - gap, y), right=(self.x + self.w + gap, y), top=(x, self.y - gap),
+                    bottom=(x, self.y + self.h + gap), centre=(x, y))[side]
 
 # %% ../../nbs/paper/drawing.ipynb #0e219438
-def board(
-    width:float=10., height:float=4., # inches
-    dpi:int=100,
-) -> tuple: # figure; axes in inches, y downwards
+def board(width:float=10., height:float=4., dpi:int=100) -> tuple: # figure; axes in inches, y downwards
     "An empty sheet to draw a diagram on"
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), dpi=dpi)
-    ax = fig.add_axes((0, 0, 1, 1)); ax.set(xlim=(0, width), ylim=(height, 0)); ax.autoscale(False); ax.axis("off")
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    ax.axis("off")
     return fig, ax
 
 # %% ../../nbs/paper/drawing.ipynb #7c476e2a
-def note(
-    ax, x:float, y:float, # axes of a board; where
-    text:str, # mathtext between dollar signs
-    size:float=8.5, # points
-    colour:str=INK, ha:str="center", va:str="center", **kw, # to `Axes.text`
-):
-    "Text on a board"
-    return ax.text(x, y, text, **dict(fontsize=size, color=colour, ha=ha, va=va, math_fontfamily="dejavuserif", zorder=6, linespacing=1.25) | kw)
+def note(ax, x:float, y:float, text:str, size:float=8.5, colour:str=INK, **kw): # size: points; more as for `text`
+    "Text on a board, mathtext between dollar signs"
+    style = dict(fontsize=size, color=colour, ha="center", va="center", zorder=6, linespacing=1.25)
+    return ax.text(x, y, text, math_fontfamily="dejavuserif", **style | kw)
 
-def panel(
-    ax, x:float, y:float, w:float, h:float, # axes of a board; corner and size
-    text:str="", # in its upper left corner
-):
-    "A pale ground behind a part of a board"
+def _rounded(x, y, w, h, **style):
     from matplotlib.patches import FancyBboxPatch
-    ax.add_patch(FancyBboxPatch((x + .06, y + .06), w - .12, h - .12, boxstyle="round,pad=.06", fc="#f6f7f9", ec="#d5d9df", lw=.8, zorder=1))
-    if text: note(ax, x + .12, y + .2, text, 9.5, ha="left", weight="bold")
+    return FancyBboxPatch((x + .06, y + .06), w - .12, h - .12, boxstyle="round,pad=.06", **style)
+
+def panel(ax, x:float, y:float, w:float, h:float, text:str=""): # text: in its upper left corner
+    "A pale ground behind a part of a board"
+    ax.add_patch(_rounded(x, y, w, h, fc="#f6f7f9", ec="#d5d9df", lw=.8, zorder=1))
+    note(ax, x + .12, y + .2, text, 9.5, ha="left", weight="bold")
 
 # %% ../../nbs/paper/drawing.ipynb #8bff881e
 def tile(
@@ -165,12 +159,12 @@ def tile(
     "A picture, mask or map on a board"
     from matplotlib.patches import Rectangle
     a, h = np.asarray(image), w if h is None else h
-    if a.ndim == 3: a = np.moveaxis(a, 0, -1)
-    shown = dict(cmap="gray", vmin=0, vmax=1) if a.dtype == bool else dict(cmap="inferno")
-    shown |= dict(interpolation="nearest" if max(a.shape[:2]) < 60 else "antialiased", zorder=3)
-    ax.imshow(a if a.dtype == np.uint8 else a.astype(float), extent=(x, x + w, y + h, y), aspect="auto", **shown | kw)
+    a = np.moveaxis(a, 0, -1) if a.ndim == 3 else a
+    style = dict(cmap="gray", vmin=0, vmax=1) if a.dtype == bool else dict(cmap="inferno")
+    style |= dict(interpolation="nearest" if max(a.shape[:2]) < 60 else "antialiased", zorder=3, aspect="auto")
+    ax.imshow(a if a.dtype == np.uint8 else a.astype(float), extent=(x, x + w, y + h, y), **style | kw)
     ax.add_patch(Rectangle((x, y), w, h, fill=False, ec=frame, lw=.7, zorder=4))
-    if label: note(ax, x + w/2, y + h + .05, label, va="top")
+    note(ax, x + w/2, y + h + .05, label, va="top")
     return Tile(x, y, w, h)
 
 # %% ../../nbs/paper/drawing.ipynb #fc02f762
@@ -183,13 +177,12 @@ def block(
 ) -> Tile:
     "A box for a network or an operation"
     from matplotlib.colors import to_rgb
-    from matplotlib.patches import FancyBboxPatch, Polygon
+    from matplotlib.patches import Polygon
     tint = tuple(1 - .16*(1 - np.array(to_rgb(colour))))
     style = dict(fc=tint, ec=colour, lw=1.1, ls=(0, (4, 2)) if dashed else "-", zorder=3, joinstyle="round")
-    if taper:
-        l, r = h/2*min(1, 1 + taper), h/2*min(1, 1 - taper); m = y + h/2
-        ax.add_patch(Polygon([(x, m - l), (x + w, m - r), (x + w, m + r), (x, m + l)], **style))
-    else: ax.add_patch(FancyBboxPatch((x + .06, y + .06), w - .12, h - .12, boxstyle="round,pad=.06", **style))
+    m, l, r = y + h/2, h/2*min(1, 1 + taper), h/2*min(1, 1 - taper)
+    corners = [(x, m - l), (x + w, m - r), (x + w, m + r), (x, m + l)]
+    ax.add_patch(Polygon(corners, **style) if taper else _rounded(x, y, w, h, **style))
     note(ax, x + w/2, y + h/2, text, size)
     return Tile(x, y, w, h)
 
@@ -203,67 +196,61 @@ def arrow(
     "A line with a head along points"
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Line
-    p, gap = list(points), .05
-    right = lambda a, b: (b.x if isinstance(b, Tile) else b[0]) > (a.x + a.w/2 if isinstance(a, Tile) else a[0])
-    if isinstance(p[0], Tile): p[0] = p[0].at("right" if right(p[0], p[1]) else "left", gap)
-    if isinstance(p[-1], Tile): p[-1] = p[-1].at("left" if right(p[-2], p[-1]) else "right", gap)
-    style = dict(arrowstyle="-|>,head_width=.22,head_length=.4" if head else "-", mutation_scale=9, lw=1.1, color=colour, ls=(0, (3, 2)) if dashed else "-")
-    ax.add_patch(FancyArrowPatch(path=Line(p), shrinkA=0, shrinkB=0, joinstyle="round", capstyle="butt", zorder=2, fill=head, **style))
-    if text: note(ax, (p[0][0] + p[1][0])/2, (p[0][1] + p[1][1])/2 - lift, text, size, colour)
+    p = list(points)
+    middle = lambda q: q.at("centre")[0] if isinstance(q, Tile) else q[0]
+    for end, beside in ((0, 1), (-1, -2)):
+        if isinstance(p[end], Tile):
+            p[end] = p[end].at("right" if middle(p[beside]) > middle(p[end]) else "left", .05)
+    style = dict(arrowstyle="-|>,head_width=.22,head_length=.4" if head else "-", mutation_scale=9, lw=1.1,
+                 color=colour, ls=(0, (3, 2)) if dashed else "-", shrinkA=0, shrinkB=0, joinstyle="round", capstyle="butt", fill=head)
+    ax.add_patch(FancyArrowPatch(path=Line(p), zorder=2, **style))
+    note(ax, (p[0][0] + p[1][0])/2, (p[0][1] + p[1][1])/2 - lift, text, size, colour)
 
 # %% ../../nbs/paper/drawing.ipynb #38b03478
-def contour(
-    ax, place:Tile, mask, # axes of a board; where the picture is; bool (H, W)
-    colour:str=HUES["bad"], width:float=1., # points
-):
+def contour(ax, place:Tile, mask, colour:str="#4fe0d6", width:float=.6): # mask: bool (H, W); width: points
     "The rim of a mask on a picture"
     from matplotlib.patches import Rectangle
     m = np.pad(np.asarray(mask, float), 1)
-    dx, dy = place.w/np.shape(mask)[1], place.h/np.shape(mask)[0]
-    if not m.any(): return
-    drawn = ax.contour(m, [.5], colors=[colour], linewidths=width, zorder=5, extent=(place.x - dx, place.x + place.w + dx, place.y - dy, place.y + place.h + dy))
-    drawn.set_clip_path(Rectangle(place[:2], place.w, place.h, transform=ax.transData))
+    if not m.any():
+        return
+    x, y, w, h = place
+    dx, dy = w/np.shape(mask)[1], h/np.shape(mask)[0]
+    rim = (x - dx, x + w + dx, y - dy, y + h + dy)
+    drawn = ax.contour(m, [.5], colors=[colour], linewidths=width, zorder=5, extent=rim)
+    drawn.set_clip_path(Rectangle((x, y), w, h, transform=ax.transData))
 
 def cell(
     ax, place:Tile, row:int, column:int, side:int, # axes of a board; a picture; which patch; patches along a side
-    colour:str=HUES["bad"], grow:float=0., **kw, # grow: rim beyond the patch, in patches; to `Rectangle`
+    colour:str=HUES["bad"], **kw, # to `Rectangle`
 ) -> Tile:
     "One patch of a picture"
     from matplotlib.patches import Rectangle
     w, h = place.w/side, place.h/side
-    t = Tile(place.x + (column - grow)*w, place.y + (row - grow)*h, (1 + 2*grow)*w, (1 + 2*grow)*h)
+    t = Tile(place.x + column*w, place.y + row*h, w, h)
     ax.add_patch(Rectangle(t[:2], t.w, t.h, **dict(fill=False, ec=colour, lw=1.1, zorder=5) | kw))
     return t
 
 # %% ../../nbs/paper/drawing.ipynb #a9c9ac6e
-def zoom(
-    image, row:int, column:int, side:int, # uint8 (3, H, W); which patch; patches along a side
-    around:int=2, # patches on each side of it
-): # uint8 (3, h, w): the patch in the middle of 2 around + 1; grey beyond the image
-    "A patch and its surroundings"
+def zoom(image, row:int, column:int, side:int, around:int=2): # image: uint8 (3, H, W); side: patches along one
+    "A patch in the middle of 2 `around` + 1, grey beyond the image"
     n = image.shape[-1]//side
     grown = np.pad(image, ((0, 0), (around*n,)*2, (around*n,)*2), constant_values=128)
     return grown[:, row*n:(row + 2*around + 1)*n, column*n:(column + 2*around + 1)*n]
 
-def strip(
-    ax, v, x:float, y:float, w:float, h:float, # axes of a board; vector; corner and size
-    label:str="", top:float=2.5, # left of it; end of the colour scale
-) -> Tile:
+def strip(ax, v, x:float, y:float, w:float, h:float, label:str="", top:float=2.5) -> Tile: # top: end of the scale
     "A vector as a row of colours, blue below and red above zero"
-    if label: note(ax, x - .06, y + h/2, label, ha="right", size=9.5)
+    note(ax, x - .06, y + h/2, label, ha="right", size=9.5)
     return tile(ax, np.asarray(v, float)[None], x, y, w, h, cmap="RdBu_r", vmin=-top, vmax=top, frame=GREY)
 
 # %% ../../nbs/paper/drawing.ipynb #144e2f89
-def plot(
-    fig, x:float, y:float, w:float, h:float, # of a board; corner and size of the frame
-    title:str="",
-): # axes
-    "A small plot on a board"
+def plot(fig, x:float, y:float, w:float, h:float, title:str=""): # corner and size of the frame, inches
+    "A small plot on a board: its axes"
     W, H = fig.get_size_inches()
-    ax = fig.add_axes((x/W, 1 - (y + h)/H, w/W, h/H), zorder=7)
-    ax.tick_params(labelsize=7, length=2.5, width=.6, colors=INK); ax.spines[["top", "right"]].set_visible(False); ax.spines[["left", "bottom"]].set(linewidth=.7, color=GREY)
-    ax.set_facecolor("none")
-    if title: ax.set_title(title, fontsize=8, color=INK, math_fontfamily="dejavuserif", pad=4)
+    ax = fig.add_axes((x/W, 1 - (y + h)/H, w/W, h/H), zorder=7, facecolor="none")
+    ax.tick_params(labelsize=7, length=2.5, width=.6, colors=INK)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set(linewidth=.7, color=GREY)
+    ax.set_title(title, fontsize=8, color=INK, math_fontfamily="dejavuserif", pad=4)
     return ax
 
 # %% ../../nbs/paper/drawing.ipynb #407d4083
@@ -274,34 +261,28 @@ def scale(
     low:float=0., ticks=None, # start of the scale; None: whole numbers
 ): # axes
     "A colour bar on a board, lying or standing"
-    ax, lying = plot(fig, x, y, w, h), w > h
-    g = np.linspace(0, 1, 256); ticks = list(range(int(low), int(top) + 1)) if ticks is None else ticks
-    ax.imshow(g[None] if lying else g[::-1, None], cmap=cmap, aspect="auto", extent=(low, top, 0, 1) if lying else (0, 1, low, top))
-    for axis, on in ((ax.xaxis, lying), (ax.yaxis, not lying)): axis.set_ticks(ticks if on else [])
-    if not lying: ax.yaxis.tick_right(); ax.yaxis.set_label_position("right")
-    (ax.set_xlabel if lying else ax.set_ylabel)(label, fontsize=7, color=INK, math_fontfamily="dejavuserif", labelpad=3)
-    ax.spines[:].set_visible(False)
+    from matplotlib.cm import ScalarMappable
+    ax, shades = plot(fig, x, y, w, h), ScalarMappable(cmap=cmap)
+    shades.set_clim(low, top)
+    ticks = range(int(low), int(top) + 1) if ticks is None else ticks
+    bar = fig.colorbar(shades, cax=ax, orientation="horizontal" if w > h else "vertical", ticks=list(ticks))
+    bar.outline.set_visible(False)
+    bar.set_label(label, fontsize=7, color=INK, math_fontfamily="dejavuserif", labelpad=3)
     return ax
 
-
-def footer(
-    fig, r, # of a board; `Results`, or a text
-    size:float=7., # points
-):
+def footer(fig, r, size:float=7.): # r: `Results`, or a text; size: points
     "What was run, in small print at the foot of a figure"
-    import textwrap
     W, H = fig.get_size_inches()
-    text = r if isinstance(r, str) else r.title() + "".join(f"; {m}" for m in [*r.missing, *r.failed])
-    lines = textwrap.wrap(text, int(W*72/size/.56))
-    fig.text(.1/W, .07/H, "\n".join(lines), fontsize=size, color=GREY, ha="left", va="bottom", linespacing=1.2)
+    text = r if isinstance(r, str) else "; ".join([r.title(), *r.missing, *r.failed])
+    text = textwrap.fill(text, int(W*72/size/.56))
+    fig.text(.1/W, .07/H, text, fontsize=size, color=GREY, va="bottom", linespacing=1.2)
 
 # %% ../../nbs/paper/drawing.ipynb #b9ea1c01
-def samples(
-    galleries, # of `Results`
-    n:int=10, # about how many in all
-) -> list: # of dicts: dataset, category, defect, image, mask, frozen, two_stage
-    "A few images of each category, the first of its gallery"
-    each = max(1, n//max(1, len(galleries)))
+def samples(r:Results, n:int=10) -> list: # about n dicts: dataset, category, defect, image, mask, frozen, two_stage
+    "A few images of each category of a figure, the first of its gallery"
+    galleries = r.arrays_of("gallery")
     names = dict(image="images", mask="masks", frozen="frozen", two_stage="two_stage")
-    return [dict(dataset=g["dataset"], category=g["category"], defect=g["values"]["defects"][i], **{k: g["arrays"][f][i] for k, f in names.items()})
-            for g in galleries for i in range(min(each, len(g["values"]["defects"])))]
+    each = max(1, n//max(1, len(galleries)))
+    arrays = lambda g, i: {k: g["arrays"][f][i] for k, f in names.items()}
+    return [dict(dataset=g["dataset"], category=g["category"], defect=d, **arrays(g, i))
+            for g in galleries for i, d in enumerate(g["values"]["defects"][:each])]
