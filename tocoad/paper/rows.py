@@ -83,8 +83,9 @@ def control(
     "The same forward passes at rate 0"
     if row.changes["method"] == "frozen": return None
     if row.changes["method"] == "contrastive": return Row("rate 0, C alone", (), changes({}) | dict(method="contrastive_control"))
-    g = next(k for k, v in _GENERATORS.items() if v == row.changes["generator"])
-    return Row(f"rate 0, both stages, {g}", (), changes(dict(generator=g)) | dict(method="control"), own=("generator",))
+    g = row.changes["generator"]
+    name = next((k for k, v in _GENERATORS.items() if v == g), g)
+    return Row(f"rate 0, both stages, {name}", (), changes({}) | dict(generator=g, method="control"), own=("generator",))
 
 # %% ../../nbs/paper/rows.ipynb #be3e447c
 def distinct(
