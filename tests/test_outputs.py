@@ -6,7 +6,6 @@ same size and all but the same pixels. A cell whose output holds times, versions
 """
 import base64
 import io
-import os
 from pathlib import Path
 
 import nbformat
@@ -64,7 +63,8 @@ def compare(old, new):
 @pytest.mark.slow
 @pytest.mark.parametrize("nb", SHOWN, ids=lambda p: p.relative_to(NBS).with_suffix("").as_posix())
 def test_notebook_shows_what_it_was_committed_with(nb, monkeypatch):
-    monkeypatch.setitem(os.environ, "TQDM_DISABLE", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found") # what tqdm misses are progress bars
     old, new = (nbformat.read(nb, 4) for _ in range(2))
     where = dict(metadata=dict(path=str(nb.parent)))
     NotebookClient(new, timeout=3600, kernel_name="python3", resources=where).execute()
