@@ -190,6 +190,7 @@ def test_readme_is_made_from_the_index(tmp_path):
     run = subprocess.run([sys.executable, ROOT/"nbs"/"make_readme.py", tmp_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert text(tmp_path/"README.md") == text(ROOT/"README.md"), "run python nbs/make_readme.py"
+    assert len(text(ROOT/"README.md").encode()) < 7000, "what is longer has a notebook of its own"
 
 
 def test_ci_calls_the_readme_command():

@@ -88,12 +88,12 @@ for kind, n in (("fine", 8), ("faulty", 3)):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(place/"bolt"/kind/f"{k}.png")
 tiny = ["size=32", "resize=32", "epochs1=1", "epochs2=1", "width=16", "batch=4"]
 facts = dict(help=said("run", "--help"), generator=said("run", "--set", "generator=none"),
-             loss=said("run", "--set", "loss=none"), data=said("run", "--root", "sets", "--dataset", "none"),
-             backbone=said("run", "--set", "backbone=none", "--quiet"))
+             loss=said("run", "--set", "loss=none"), backbone=said("run", "--set", "backbone=none", "--quiet"),
+             data=said("run", "--root", "sets", "--category", "bolt", "--dataset", "none"))
 data = load(place, None, "bolt", 32)
 more = settings([*tiny, "generator=stripes", "loss=dice", "loss1=same", "backbone=resnet34", "weights=random"])
-r = compare.compare(config("quick", dataset="flat", category="bolt", **more), ("frozen", "two_stage"), data=data,
-                    progress=False, device="cpu")
+r = compare.compare(config("quick", dataset="flat", category="bolt", **more), data=data, device="cpu",
+                    methods=("frozen", "two_stage"), progress=False)
 facts |= dict(dataset=data.dataset, rows=r.rows.to_dict("records"), quick=config("quick").epochs2)
 o = plan.options("smoke", categories=["washer"], settings=tiny)
 facts["forecast"] = [int(regenerate.forecast(["table7"], o).runs.sum())]
