@@ -1,4 +1,4 @@
-"""Whatever lies there, the command answers with one sentence and the right status, and leaves every folder as it was."""
+"""Whatever lies there, the command answers with one sentence and the right status, and leaves folders as they were."""
 import contextlib, csv, ctypes, functools, hashlib, http.server, io, json, os, pickle, resource, shutil, signal, socket, stat, struct, subprocess, sys, tarfile, tempfile
 import threading, time, warnings, zipfile, zlib
 from pathlib import Path
@@ -229,9 +229,9 @@ def spoil(place, kind, where="washer/train/good"):
 @broken
 def test_broken_picture_run(place, trees, kind):
     fill(place, trees, "mvtec")
-    start = time.perf_counter()
+    start = time.process_time()
     place.call(RUN, 1, spoil(place, kind))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @broken
@@ -1216,7 +1216,7 @@ def ends(place, p, status, says=(), tells=(), makes=(), before=None):
 
 
 def test_as_a_process(place, trees):
-    "Through the installed command: no decoder's warning, no name that stdout cannot hold, no right to pass over permissions"
+    "Through the installed command: no decoder's warning, no name that stdout cannot hold, no passing over permissions"
     fill(place, trees, "mvtec")
     for harm in (put("washer/train/good/a.tif", BROKEN["truncated compressed TIFF"][1]), put("washer/train/good/exif.jpg", lambda: saved("JPEG", exif=TRAIL)),
                  put("washer/train/good/" + LATIN), mode(GOOD, 0)): harm(place.root)

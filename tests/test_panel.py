@@ -15,14 +15,17 @@ TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=10", "width=32", "batch=8"
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory):
+def there(shared):
     "Two folders and a store that knows the panel's decisive rows on them"
-    root = tmp_path_factory.mktemp("panel")
-    write_layout(root/"btad_like", "btad", ["01"], size=64)
-    write_layout(root/"mine"/"parts", "mvtec", ["washer"], size=64)
-    folders = [str(root/"btad_like"/"01"), str(root/"mine"/"parts"/"washer")]
-    o = plan.options("smoke", folders=folders, settings=TINY, store=str(root/"store"))
-    return root, o, sheets.compute(["panel"], o)["panel"]
+    def asked(root):
+        folders = [str(root/"btad_like"/"01"), str(root/"mine"/"parts"/"washer")]
+        return plan.options("smoke", folders=folders, settings=TINY, store=str(root/"store"))
+    def make(root):
+        write_layout(root/"btad_like", "btad", ["01"], size=64)
+        write_layout(root/"mine"/"parts", "mvtec", ["washer"], size=64)
+        sheets.compute(["panel"], asked(root))
+    root = shared("panel", make)
+    return root, asked(root), sheets.compute(["panel"], asked(root))["panel"]
 
 
 def test_the_panel_names_its_sets_after_their_folders_and_says_whose_split_it_is(there):

@@ -42,11 +42,13 @@ def numbers(store, target="table5", seeds=(0,)):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    store = tmp_path_factory.mktemp("grid")/"store"
-    p = child(store); p.join()
-    assert p.exitcode == 0
-    return store
+def unbroken(shared):
+    "The store of a grid that ran to its end"
+    def make(folder):
+        p = child(folder/"store")
+        p.join()
+        assert p.exitcode == 0
+    return shared("grid", make)/"store"
 
 
 # kill, share, distribute
