@@ -3,11 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tocoad.run import config
 from tocoad.data.load import load
+from tocoad.run import config
 from tocoad.run.keys import STAGES
 from tocoad.run.source import fingerprint, reach, sources
-
 from tocoad.systems.system import find
 from tocoad.systems.tocoad import maps_of
 

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
+
 from ..data.errors import BadInput, one_of
 from . import published
 from .published import CATEGORIES
 from .report import groups_of
 from .rows import FROZEN, GALLERIES, HALF, TOURS, TWO_STAGE, control, rows
 from ..run.config import config, settings
-from ..systems.settings import ask_for_textures
 from ..run.keys import STAGES, chain, computed_by, scored, task
 from ..run.store import Store
-from ..systems.settings import shared
+from ..systems.settings import ask_for_textures, shared
 from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/plan.ipynb #9a0370b9

@@ -15,12 +15,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
 import pandas as pd
 from tqdm.auto import tqdm
+
 from ..data.errors import BadInput, one_of
 from ..files import whole
-from .plan import (
-    Options, _kind, _make, _rate_of, datasets, estimate, groups, images_in, outline, places, rates_in, wanted)
+from tocoad.paper.plan import (
+    Options,
+    _kind,
+    _make,
+    _rate_of,
+    datasets,
+    estimate,
+    groups,
+    images_in,
+    outline,
+    places,
+    rates_in,
+    wanted,
+)
 from .report import Results
 from .rows import FROZEN, GALLERIES, TABLES, TARGETS, TOURS
 from .sheets import _note, _whole, compute, sheet_path

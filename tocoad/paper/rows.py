@@ -10,6 +10,7 @@ __all__ = ['TABLES', 'TOURS', 'GALLERIES', 'TARGETS', 'FROZEN', 'ALONE', 'HALF',
 import json
 from dataclasses import dataclass
 from functools import cache
+
 from ..data.errors import one_of
 from . import published
 from .published import DEFAULT
@@ -106,8 +107,9 @@ def control(
         return Row("rate 0, C alone", (), changes({}) | dict(method="contrastive_control"))
     if row.method not in ("two_stage", "control"):
         return None
-    g = next(k for k, v in _GENERATORS.items() if v == row.changes["generator"])
-    return Row(f"rate 0, both stages, {g}", (), changes(dict(generator=g)) | dict(method="control"), own=("generator",))
+    g = row.changes["generator"]
+    name = next((k for k, v in _GENERATORS.items() if v == g), g)
+    return Row(f"rate 0, both stages, {name}", (), changes({}) | dict(generator=g, method="control"), own=("generator",))
 
 # %% ../../nbs/paper/rows.ipynb #be3e447c
 def _computed(r):

@@ -12,12 +12,28 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+
 import numpy as np
 from tqdm.auto import tqdm
+
 from ..data.errors import BadInput
 from . import published
-from .plan import (
-    METRICS, TRAINING, Options, _kind, _make, check, datasets, find, groups, options, outline, places, stages_of, wanted)
+from tocoad.paper.plan import (
+    METRICS,
+    TRAINING,
+    Options,
+    _kind,
+    _make,
+    check,
+    datasets,
+    find,
+    groups,
+    options,
+    outline,
+    places,
+    stages_of,
+    wanted,
+)
 from .report import Results
 from .rows import FROZEN
 from .training import became
@@ -231,6 +247,7 @@ def _teller(name, bar, log):
 def _spread(last, where, store, device, client, say):
     "Run the missing stages on a cluster: task's key -> why it failed"
     from dask.distributed import as_completed
+
     from tocoad.run import cluster
     futures, failed = cluster.submit(client, last, where, store, device), {}
     of = {f.key: t for t, f in futures.values()}

@@ -8,6 +8,7 @@ __all__ = ['carry_out_all', 'submit']
 # %% ../../nbs/run/6_cluster.ipynb #96f1fcf8
 import threading
 from functools import lru_cache
+
 from ..data.errors import BadInput
 from ..data.images import Category
 from .compare import carry_out, find_device, load_at, reason

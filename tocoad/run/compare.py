@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+
 from ..data.errors import BadInput
 from ..data.images import Category, crop
 from ..data.load import load
@@ -27,11 +29,10 @@ from ..method.contrast import CONTRASTS, PREDICTORS
 from ..method.discriminator import LOSSES
 from ..method.memory import PATCHES, SCORERS
 from ..method.weights import BACKBONES, file_sha256, weights_path
-from ..systems.settings import ask_for_textures
 from .keys import Task, chain, hardware, scored, versions
 from .source import check_loaded, code_hash, source_of
 from .store import Store
-from ..systems.settings import Shared, shared
+from ..systems.settings import Shared, ask_for_textures, shared
 from ..systems.system import PARTS, SYSTEMS, TRAINS, System, find
 from ..systems.tocoad import GENERATORS
 

@@ -8,6 +8,7 @@ __all__ = ['PROFILES', 'settings', 'config']
 # %% ../../nbs/run/1_config.ipynb #9cf4477b
 import difflib
 from typing import get_args, get_type_hints
+
 from ..data.errors import BadInput
 from ..systems.settings import CHOICES, SHARED_CHOICES, Config, Shared, ask_for_textures, resolved
 

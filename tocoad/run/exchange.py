@@ -7,13 +7,18 @@ __all__ = ['FORMAT', 'DRAWN', 'SCORED', 'LICENCE', 'image_scores', 'key_of', 'sh
            'pool', 'same_make', 'pairs']
 
 # %% ../../nbs/run/exchange.ipynb #283bdcc7
-import base64, hashlib, json, math
+import base64
+import hashlib
+import json
+import math
 from pathlib import Path
+
 import numpy as np
+
 from ..data.errors import BadInput
 from ..files import whole
-from .store import Store
 from .keys import versions
+from .store import Store
 from ..systems.system import SYSTEMS
 
 # %% ../../nbs/run/exchange.ipynb #5810504d

@@ -15,6 +15,7 @@ import types
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+
 from .source import code_of, version_of
 from ..systems.settings import Shared
 from ..systems.system import PARTS, TOCOAD, Stage, System, system_of

@@ -20,7 +20,9 @@ from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
 import numpy as np
+
 from ..data.errors import BadInput
 
 # %% ../../nbs/run/source.ipynb #c77afdbd

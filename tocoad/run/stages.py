@@ -7,8 +7,10 @@ __all__ = ['metrics', 'difference', 'unit', 'pick', 'gallery']
 
 # %% ../../nbs/run/4_stages.ipynb #32d0ac13
 from dataclasses import asdict
+
 import numpy as np
 import torch
+
 from ..data.images import crop
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..systems.tocoad import judge

@@ -12,11 +12,13 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+
 import numpy as np
 from fastcore.basics import patch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
 from ..data.errors import BadInput
 from ..files import cache_dir, whole
 from .keys import Task, versions

@@ -8,6 +8,7 @@ __all__ = ['SHARED_CHOICES', 'RULES', 'CHOICES', 'Shared', 'check', 'shared', 'C
 # %% ../../nbs/systems/1_settings.ipynb #615b9042
 import math
 from dataclasses import asdict, dataclass, fields, replace
+
 from ..data.errors import BadInput
 from ..method.categories import gradients_for, rotation_for
 

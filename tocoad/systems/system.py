@@ -9,6 +9,7 @@ __all__ = ['TOCOAD', 'PARTS', 'TRAINS', 'SYSTEMS', 'Stage', 'find', 'System', 's
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+
 from ..data.errors import one_of
 from .settings import Config, Shared
 

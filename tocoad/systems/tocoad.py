@@ -11,16 +11,19 @@ __all__ = ['GENERATORS', 'make_generator', 'make_views', 'make_contrast', 'make_
 import copy
 from functools import partial
 from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch.nn import functional as nnf
+
 from ..data.images import Category, crop, textures, to_float
 from ..measure.metrics import evaluate
+from ..method.arithmetic import arithmetic
 from ..method.contrast import CONTRASTS, Heads, Views, layer_spread
 from ..method.coreset import coreset
 from ..method.cutpaste import CutPaste
 from ..method.discriminator import LOSSES, Discriminator
-from ..method.features import Features, arithmetic
+from ..method.features import Features
 from ..method.finetune import finetune
 from ..method.halving import halving
 from ..method.memory import SCORERS, Memory, anomaly_maps, image_scores, patch_features
