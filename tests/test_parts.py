@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
 from tocoad.parts.export import export_onnx, load, save
 from tocoad.parts.fit import LEAST, Detector, decoded, fit, hash_order, rank
 from tocoad.parts.score import Summary, score, scored
-from tocoad.data.errors import BadInput
 from tocoad.run.config import config
 
 SIZE = 64
