@@ -57,7 +57,7 @@ def run(
     result = compare.compare(cfg, tuple(seeds), data=data, device=device, progress=not quiet, store=Store(store))
     _keep(result, out, json_)
 
-# %% ../nbs/cli.ipynb #95eea8ab
+# %% ../nbs/cli.ipynb #70e48185
 def _keep(result, out, as_json):
     "Record, heat maps and curves of a comparison into a folder; its table or JSON on standard output"
     from tocoad.paper import drawing
@@ -104,13 +104,12 @@ def reproduce(
         names = list(dict.fromkeys(profile or ["smoke" if root is None and not folders else "laptop"]))
         every = [room.plan.options(p, root, seeds, categories, set_, store, device, folders) for p in names]
         targets = room.regenerate.expand(targets)
-        room.check(targets, every, budget, workers, dry_run)
-        extra = room.parameters(param, targets)
+        extra = room.check(targets, every, budget, workers, param, dry_run)
     keep = keep or ("scores" if {"literal", "paper"} & set(names) else "all")
     return (print(room.outlook(targets, every, budget, rates, keep)) if dry_run else
             _carry_out(targets, every, out, budget, workers, keep, quiet, extra))
 
-# %% ../nbs/cli.ipynb #1df68f74
+# %% ../nbs/cli.ipynb #2cb96b40
 def _carry_out(targets, every, out, budget, workers, keep, quiet, extra):
     "Compute, draw, say what failed"
     from tocoad.paper.reproduce import reproduce
@@ -142,7 +141,7 @@ def data_get(
     from tocoad.data import archives
     archives.get(name, archive, from_, to, accept_licence, not quiet)
 
-# %% ../nbs/cli.ipynb #2f3c9660
+# %% ../nbs/cli.ipynb #09cc0737
 def data_verify(
     folder:Path, # holds the categories' folders
     *, dataset:str=None, # its name (default: recognised by its folders)
@@ -199,7 +198,7 @@ def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
                        "are squeezed to a square and judged by their worst patch.")
     return config(profile, **changes, seed=seed)
 
-# %% ../nbs/cli.ipynb #97a9bf6f
+# %% ../nbs/cli.ipynb #974d2449
 def score(
     *, model:Path, # file that `tocoad fit` wrote
     images:Path, # folder of images, searched with its sub-folders
@@ -262,7 +261,7 @@ def runs_list(*, store:str=None):
     files = sorted((store.root/"imported").glob("*.jsonl"))
     print(f"{store.root}: {len(records)} records", *(f"imported: {p.name}" for p in files), sep="\n")
 
-# %% ../nbs/cli.ipynb #d6fbb8ac
+# %% ../nbs/cli.ipynb #c70d83bb
 def _line(r):
     "A scored run on a line"
     c, v, how = r["config"], r["values"], [r["method"]]
@@ -299,7 +298,7 @@ def runs_prune(*, store:str=None, dry_run:bool=False): # only say what would go
     print(f"{'would drop' if dry_run else 'dropped'} {len(gone)} records and {len(left)} leftovers, {size/1e6:.1f} MB; "
           f"{len(needed)} stages are named by {len(newest)} tables and figures")
 
-# %% ../nbs/cli.ipynb #b4399f7c
+# %% ../nbs/cli.ipynb #53608c97
 def runs_export(
     file:Path, *, for_:list[str]=None, # tables whose records are written (default: all that the store has)
     store:str=None,
@@ -320,7 +319,7 @@ def runs_import(file:Path, *, store:str=None): # folder of stored stages
     print(f"{file}: {sum(r['stage'] == 'metrics' for r in records)} runs in {len(records)} records, tocoad "
           f"{versions['tocoad']}, torch {versions['torch']}, {' and '.join(machines)}; {head['licence']}")
 
-# %% ../nbs/cli.ipynb #197e1dba
+# %% ../nbs/cli.ipynb #62341e1f
 COMMANDS = (run, reproduce, data_list, data_get, data_verify, data_write, fit, score, bench,
             runs_list, runs_show, runs_prune, runs_export, runs_import)
 GROUPS = dict(data="list, get, verify or write data sets", runs="list, show, prune, export or import stored runs")

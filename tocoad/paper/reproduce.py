@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['parameters', 'check', 'in_words', 'outlook', 'client', 'reproduce']
 
-# %% ../../nbs/paper/reproduce.ipynb #6a95d800
+# %% ../../nbs/paper/reproduce.ipynb #e8ccb86a
 import json
 from contextlib import contextmanager, suppress
 
 from ..data.errors import BadInput
 from . import budget, plan, regenerate, rows
 
-# %% ../../nbs/paper/reproduce.ipynb #72372eb6
+# %% ../../nbs/paper/reproduce.ipynb #f6de7d4e
 def parameters(
     pairs, targets, # texts name=value; of `rows.TARGETS`
 ) -> dict: # name -> value
@@ -31,12 +31,12 @@ def parameters(
             out[key] = json.loads(text)
     return out
 
-# %% ../../nbs/paper/reproduce.ipynb #4dde5d54
+# %% ../../nbs/paper/reproduce.ipynb #196ce951
 def check(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
     budget_of:str|None=None, workers:str|None=None, # such as 40h; an address, or local:N
-    dry_run:bool=False, # nothing will be computed
-):
+    pairs=(), dry_run:bool=False, # as for `parameters`; nothing will be computed
+) -> dict: # from `parameters`
     "BadInput if what is asked for does not fit together"
     o = every[0]
     if o.folders and targets != ["panel"]:
@@ -51,8 +51,9 @@ def check(
         budget.seconds(budget_of)
     for one in () if dry_run else every:
         plan.check(regenerate.needed(targets), one)
+    return parameters(pairs, targets)
 
-# %% ../../nbs/paper/reproduce.ipynb #b3224c8d
+# %% ../../nbs/paper/reproduce.ipynb #5a92eced
 def in_words(
     targets, o, # of `rows.TARGETS`; `plan.Options`
     rates:dict, # from `plan.rates_from`; {}: those of the store
@@ -75,7 +76,7 @@ def in_words(
         lines.append(f"with all categories of the paper: {span(whole)}")
     return "\n".join(lines)
 
-# %% ../../nbs/paper/reproduce.ipynb #99a93920
+# %% ../../nbs/paper/reproduce.ipynb #c50c74fc
 def outlook(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
     budget_of:str|None=None, rates=None, # such as 40h; bench.json of `tocoad bench gpu`
@@ -88,7 +89,7 @@ def outlook(
         lines.append(budget.in_words(budget.outlook(targets, every, budget.seconds(budget_of), rates), keep))
     return "\n".join(lines)
 
-# %% ../../nbs/paper/reproduce.ipynb #084d3f8c
+# %% ../../nbs/paper/reproduce.ipynb #8e23345c
 @contextmanager
 def client(
     address:str|None, # of a dask scheduler; local:N for N processes here; None: no client
@@ -112,7 +113,7 @@ def client(
     with found:
         yield found
 
-# %% ../../nbs/paper/reproduce.ipynb #1e4fef3a
+# %% ../../nbs/paper/reproduce.ipynb #bbc682c4
 def reproduce(
     targets, every, out, # of `rows.TARGETS`; `plan.Options` of each profile; folder of the reports
     budget_of:str|None=None, workers:str|None=None, # as for `check`

@@ -74,7 +74,7 @@ def contact_sheet(
     "Pictures on one page, four in a row"
     wide, tall = side + 8, side + side//8 + 8
     font = ImageFont.truetype(findfont("DejaVu Sans"), side//17)
-    page = Image.new("RGB", (4*wide + 8, -(-len(tiles)//4)*tall + 8), "white")
+    page = Image.new("RGB", (min(4, len(tiles))*wide + 8, -(-len(tiles)//4)*tall + 8), "white")
     pen = ImageDraw.Draw(page)
     for i, (im, ratio, name) in enumerate(tiles):
         x, y = 8 + i % 4*wide, 8 + i//4*tall
