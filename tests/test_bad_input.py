@@ -669,7 +669,7 @@ def test_list(place, row):
     ("a full folder", put("x/a"), ["in/x", "not an empty"], "mvtec {in}/x"),
     ("a file", put("x"), ["in/x"], "mvtec {in}/x"),
     ("unknown layout", nothing, ["mvtek", "mvtec"], "mvtek {in}/x"),
-    ("below a file", put("x"), ["in/x/y"], "mvtec {in}/x/y"),
+    ("below a file", put("x"), ["in/x"], "mvtec {in}/x/y"),
     ("too long", nothing, ["xxx"], "visa {in}/" + LONG),
     ("not to be written", also(folder("x"), mode("x", 0o500)), ["in/x", "Permission denied"], "btad {in}/x/y"),
     ("a loop of links", link("x", "x"), ["in/x"], "mvtec {in}/x"),
@@ -723,7 +723,7 @@ ARCHIVES = { # what, content: none has the published hash, so none is opened
 
 
 @pytest.fixture
-def any_hash(monkeypatch): monkeypatch.setattr(archives, "check", lambda file, k: None)
+def any_hash(monkeypatch): monkeypatch.setattr(archives, "check", lambda file, k: open(file).close())
 
 
 @pytest.mark.parametrize("kind", ARCHIVES, ids=lambda k: k.replace(" ", "-"))

@@ -52,7 +52,7 @@ class Report:
         off, p = ["<" * (w not in (n, None)) for *_, n, w in self.rows], self.problems
         t = self.frame().assign(category=lambda t: t.category.map(printable), off=off)
         table = t.rename(columns=dict(off="")).to_markdown(index=False, tablefmt="plain", intfmt=",", missingval="-",
-                                                           disable_numparse=[0, 1, 2, 5])
+                                                           disable_numparse=[0, 1, 2, 5] if self.rows else True)
         listed = p[:most] + [f"and {len(p) - most:,} more"] * (len(p) > most)
         said = [f"{kind}:\n" + "\n".join(f"  {printable(x)}" for x in xs)
                 for kind, xs in dict(problems=listed, remarks=self.remarks).items() if xs]
