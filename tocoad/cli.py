@@ -43,16 +43,16 @@ def run(
     set_:list[str]=(), seeds:list[int]=(0,), device:str=None, store:str=None, json_:bool=False, quiet:bool=False,
 ):
     "Train and score frozen, contrastive-only and two-stage features on one category"
-    from tocoad.data.layouts import UNCROPPED
     from tocoad.data.load import load
+    from tocoad.data.sets import DATASETS
     from tocoad.run import compare
     from tocoad.run.config import settings
     from tocoad.run.store import Store
     with wrong_command():
         cfg = settle(root, dataset, category, profile, set_)
     data = load(root, dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
-    size = cfg.resize if data.dataset in UNCROPPED and "size" not in settings(set_) else cfg.size
-    cfg = cfg.replace(dataset=data.dataset, size=size)
+    whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
+    cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
     result = compare.compare(cfg, tuple(seeds), data=data, device=device, progress=not quiet, store=Store(store))
     _keep(result, out, json_)
