@@ -55,7 +55,8 @@ SCORED = {"memory", "scores", "metrics", "curve", "difference", "gallery", "tour
 
 @pytest.mark.parametrize("room,touched", [
     ("method.perlin", {"stage1", "stage2", "tour"}), ("method.cutpaste", {"stage1", "stage2", "tour"}), ("method.nsa", {"stage1", "stage2", "tour"}),
-    ("method.contrast", {"stage2", "contrastive", "tour"}), ("method.finetune", {"stage2", "contrastive"}), ("method.features", EVERY),
+    ("method.contrast", {"stage2", "contrastive", "tour"}), ("method.finetune", {"stage2", "contrastive"}),
+    ("method.features", EVERY - {"metrics", "difference", "gallery"}), ("method.arithmetic", EVERY),
     ("method.memory", SCORED), ("method.coreset", SCORED), ("data.images", set()), ("files", set()), ("measure.metrics", {"metrics", "difference", "curve"}), ("measure.intervals", {"difference"}),
     ("paper.published", set()), ("data.errors", set()), ("paper.gaps", set()), ("paper.report", set()), ("cli", set()), ("paper.sheets", set()),
     ("run.config", set()), ("run.store", set()), ("run.compare", set())])
