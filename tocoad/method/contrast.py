@@ -9,11 +9,11 @@ __all__ = ['PREDICTORS', 'CONTRASTS', 'Views', 'neg_cosine', 'sym_loss', 'projec
 # %% ../../nbs/method/5_contrast.ipynb #34b160e8
 import kornia.augmentation as K
 import torch
-from .arithmetic import arithmetic
 from torch import nn
 from torch.func import functional_call
 
 from ..data.images import BadInput
+from .arithmetic import arithmetic
 
 # %% ../../nbs/method/5_contrast.ipynb #947dd8e8
 class Views(nn.Module):

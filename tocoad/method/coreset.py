@@ -8,9 +8,9 @@ __all__ = ['radius', 'coreset']
 # %% ../../nbs/method/appendix/coreset.ipynb #75e812b6
 import numpy as np
 import torch
-from .arithmetic import arithmetic
 
 from ..data.images import BadInput
+from .arithmetic import arithmetic
 from .halving import halving
 
 # %% ../../nbs/method/appendix/coreset.ipynb #6521da36

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
-from .arithmetic import arithmetic
 from torch.nn import functional as nnf
 
 from ..data.images import BadInput
+from .arithmetic import arithmetic
 from .coreset import coreset
 from .halving import halving
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
-from .arithmetic import arithmetic
 from torch.nn.functional import grid_sample
 from torchvision.transforms.functional import resize
 
 from ..data.images import BadInput
+from .arithmetic import arithmetic
 from .foreground import foreground
 
 # %% ../../nbs/method/1_perlin.ipynb #37ab65d1
