@@ -10,8 +10,9 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lib = cfg["lib_path"]
-version = re.search(r'^__version__\s*=\s*["\'](.+?)["\']', (here / lib / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
-extras = {key.removesuffix("_requirements"): names.split() for key, names in cfg.items() if key.endswith("_requirements")}
+said = (here / lib / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'^__version__\s*=\s*["\'](.+?)["\']', said, re.M)[1]
+extras = {k.removesuffix("_requirements"): names.split() for k, names in cfg.items() if k.endswith("_requirements")}
 
 setup(
     version=version,
@@ -21,7 +22,8 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
-    classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter", "Topic :: Scientific/Engineering :: Image Recognition"],
+    classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter",
+                 "Topic :: Scientific/Engineering :: Image Recognition"],
     packages=find_packages(include=[lib, f"{lib}.*"]),
     package_data={lib: ["paper/*.csv"]},
     install_requires=cfg["requirements"].split(),

@@ -11,13 +11,13 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import matplotlib
+import nbdev.test
 import nbformat
 import pytest
 import yaml
 from nbdev.clean import clean_jupyter, nbdev_clean
 from nbdev.config import get_config
 from nbdev.export import nb_export
-from nbdev.test import test_nb
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -82,7 +82,7 @@ def carry_out(nb, log):
             os.dup2(f.fileno(), stream)
     os.chdir(nb.parent)
     matplotlib.use("agg")
-    sys.exit(not test_nb(nb, skip_flags=["slow", "cuda"])[0])
+    sys.exit(not nbdev.test.test_nb(nb, skip_flags=["slow", "cuda"])[0])
 
 
 @pytest.mark.parametrize("nb", ROOMS, ids=name)

@@ -1,8 +1,8 @@
 """An earlier commit and this tree compute the same, to the last bit, on this machine with one thread.
 
-`pytest -m slow tests/test_same_numbers.py` compares with BASE, `--base COMMIT` with another. Keys, titles and drawings
-may differ. A record is known by what it was made from: its stage, the settings that this stage read, its category, its
-seed, and the records it needed, as far as both trees name them alike; RENAMED says what they name differently.
+`pytest -m slow -n 0 tests/test_same_numbers.py` compares with 2adeeba, `--base COMMIT` with another. Keys, titles and
+drawings may differ. A record is known by what it was made from: its stage, the settings that this stage read, its
+category, its seed, and the records it needed, as far as both trees name them alike; RENAMED says what they do not.
 """
 import json
 import os

@@ -89,7 +89,7 @@ for kind, n in (("fine", 8), ("faulty", 3)):
 tiny = ["size=32", "resize=32", "epochs1=1", "epochs2=1", "width=16", "batch=4"]
 facts = dict(help=said("run", "--help"), generator=said("run", "--set", "generator=none"),
              loss=said("run", "--set", "loss=none"), backbone=said("run", "--set", "backbone=none", "--quiet"),
-             data=said("run", "--root", "sets", "--category", "bolt", "--dataset", "none"))
+             data=said("run", "--root", "sets", "--category", "bolt", "--dataset", "flatt"))
 data = load(place, None, "bolt", 32)
 more = settings([*tiny, "generator=stripes", "loss=dice", "loss1=same", "backbone=resnet34", "weights=random"])
 r = compare.compare(config("quick", dataset="flat", category="bolt", **more), data=data, device="cpu",
@@ -124,7 +124,7 @@ def facts(tmp_path_factory):
 
 def test_the_command_offers_them(facts):
     assert "quick" in facts["help"] and "stripes" in facts["generator"] and "dice" in facts["loss"]
-    assert "flat" in facts["data"] and "resnet34" in facts["backbone"]
+    assert "take flat" in facts["data"] and "resnet34" in facts["backbone"]
 
 
 def test_a_run_uses_them(facts):
