@@ -79,7 +79,7 @@ def forest(r:Results, base:str="frozen F"): # matplotlib figure
 def tidy(r:Results) -> pd.DataFrame: # profile, set, row, metric, mean, std, seeds, base, gain, low, high; per cent
     "All numbers of a panel in long form"
     out = []
-    for p, row, m in [(p, row, m) for p in (r, *r.beside) for row in p.rows for m in METRICS]:
+    for p, row, m in [(x, y, k) for x in (r, *r.beside) for y in x.rows for k in METRICS]:
         by = differences(p, row, m)
         for s, c in places(p):
             v = value(p, row, m, s, c)

@@ -19,16 +19,23 @@ def became(
     printed:bool=False, # L_sym is Eq. 5 as printed, twice the mean
 ) -> str|None: # None: too few epochs to say
     "What became of a training run: rate 0, did not learn, collapsed, too long, too short, or learned"
-    if len(log) < LEAST: return None
-    if not any(e["lr"] for e in log): return "rate 0"
+    if len(log) < LEAST:
+        return None
+    if not any(e["lr"] for e in log):
+        return "rate 0"
     end = [e["L_sym"]/(2 if printed else 1) for e in log[-len(log)//10:]]
-    if layers and least_kept(layers) < COLLAPSED: return "collapsed"
-    if sum(end)/len(end) > -LEARNED: return "did not learn"
+    if layers and least_kept(layers) < COLLAPSED:
+        return "collapsed"
+    if sum(end)/len(end) > -LEARNED:
+        return "did not learn"
     scores = _scores(curve)
-    if not scores: return "learned"
+    if not scores:
+        return "learned"
     early = scores[:2*len(scores)//3]
-    if early and max(early) - scores[-1] > MOVED: return "too long"
-    if early and scores[-1] == max(scores) and scores[-1] - early[-1] > MOVED: return "too short"
+    if early and max(early) - scores[-1] > MOVED:
+        return "too long"
+    if early and scores[-1] == max(scores) and scores[-1] - early[-1] > MOVED:
+        return "too short"
     return "learned"
 
 def least_kept(layers): # as for `became`
