@@ -1,22 +1,30 @@
 "The grid: what is shared, what an edit touches, what a kill leaves, what two processes and a cluster do to one store."
-import json, multiprocessing, os, re, shutil, signal, subprocess, sys, time
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from tocoad.data import load
-from tocoad.method import perlin
-from tocoad.paper import plan, published, regenerate, report, rows, sheets
-from tocoad.run import compare, config, keys, stages
 from tocoad.cli import main
+from tocoad.data import load
 from tocoad.data.images import textures
 from tocoad.data.mini import write_mini
 from tocoad.data.trees import write_layout
+from tocoad.method import perlin
+from tocoad.paper import plan, published, regenerate, report, rows, sheets
+from tocoad.paper.report import Results
+from tocoad.run import compare, config, keys, stages
 from tocoad.run.keys import STAGES, fingerprint, sources
 from tocoad.run.store import Store
-from tocoad.paper.report import Results
 
 ROOT = Path(__file__).parents[1]
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=1", "width=32", "batch=8"]
@@ -30,9 +38,14 @@ def grid(store, target="table5", seeds=(0,)):
     sheets.compute([target], options(store, seeds))
 
 
-def options(store, seeds=(0,), **kw): return plan.options(**dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds) | kw)
-def child(*args): p = FORK.Process(target=grid, args=args); p.start(); return p
-def journal(store): return [l.split()[1:3] for l in (Path(store)/"journal.txt").read_text().splitlines()]
+def options(store, seeds=(0,), **kw):
+    return plan.options(**dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds) | kw)
+def child(*args):
+    p = FORK.Process(target=grid, args=args)
+    p.start()
+    return p
+def journal(store):
+    return [l.split()[1:3] for l in (Path(store)/"journal.txt").read_text().splitlines()]
 def numbers(store, target="table5", seeds=(0,)):
     s = json.loads(sheets.sheet_path(target, options(store, seeds), Store(store)).read_text())
     assert not s["failed"]
@@ -42,7 +55,8 @@ def numbers(store, target="table5", seeds=(0,)):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     store = tmp_path_factory.mktemp("grid")/"store"
-    p = child(store); p.join()
+    p = child(store)
+    p.join()
     assert p.exitcode == 0
     return store
 
@@ -70,7 +84,8 @@ def test_comments_and_docstrings_touch_nothing():
     now = sources()
     edited = {r: "# a remark\n" + re.sub(r'^("""|")(?=[A-Za-z])', r"\1Edited. ", t, count=1, flags=re.M) for r, t in now.items()}
     assert edited["method.pretrain"] != now["method.pretrain"]
-    for stage in STAGES.values(): assert fingerprint(stage.function, edited) == fingerprint(stage.function)
+    for stage in STAGES.values():
+        assert fingerprint(stage.function, edited) == fingerprint(stage.function)
 
 
 def test_a_stage_reads_only_what_its_key_names():
@@ -96,9 +111,12 @@ def test_a_stage_reads_only_what_its_key_names():
 def test_killed_in_each_stage_it_goes_on_and_ends_the_same(tmp_path, unbroken):
     for stage in ("stage1", "stage2", "memory", "scores", "metrics", "difference"):
         p = child(tmp_path/"store")
-        while p.is_alive() and not list((tmp_path/"store"/stage).glob("*.lock")): time.sleep(.001)
-        p.kill(); p.join()
-    p = child(tmp_path/"store"); p.join()
+        while p.is_alive() and not list((tmp_path/"store"/stage).glob("*.lock")):
+            time.sleep(.001)
+        p.kill()
+        p.join()
+    p = child(tmp_path/"store")
+    p.join()
     assert p.exitcode == 0 and numbers(tmp_path/"store") == numbers(unbroken)
     twice = [k for k, n in Counter(map(tuple, journal(tmp_path/"store"))).items() if n > 1]
     assert not twice, "a finished stage was computed again"
@@ -106,7 +124,8 @@ def test_killed_in_each_stage_it_goes_on_and_ends_the_same(tmp_path, unbroken):
 
 def test_two_processes_share_a_store(tmp_path, unbroken):
     both = [child(tmp_path/"store") for _ in range(2)]
-    for p in both: p.join()
+    for p in both:
+        p.join()
     assert [p.exitcode for p in both] == [0, 0] and numbers(tmp_path/"store") == numbers(unbroken)
     assert sorted(journal(tmp_path/"store")) == sorted(journal(unbroken)), "each stage once"
 
@@ -114,7 +133,8 @@ def test_two_processes_share_a_store(tmp_path, unbroken):
 def test_cluster_with_a_worker_killed_gives_the_same(tmp_path, monkeypatch):
     from dask.distributed import Client, LocalCluster
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    p = child(tmp_path/"one", "table5", (0, 1)); p.join()
+    p = child(tmp_path/"one", "table5", (0, 1))
+    p.join()
     store = tmp_path/"two"
     with LocalCluster(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=None) as cluster, Client(cluster) as client:
         import threading
@@ -122,9 +142,12 @@ def test_cluster_with_a_worker_killed_gives_the_same(tmp_path, monkeypatch):
         def kill():
             "The first worker that is seen in stage II"
             pids = client.run(os.getpid)
-            while not list((store/"stage2").glob("*.lock")) if (store/"stage2").exists() else True: time.sleep(.002)
-            killed.append(next(iter(pids.values()))); os.kill(killed[0], signal.SIGKILL)
-        t = threading.Thread(target=kill, daemon=True); t.start()
+            while not list((store/"stage2").glob("*.lock")) if (store/"stage2").exists() else True:
+                time.sleep(.002)
+            killed.append(next(iter(pids.values())))
+            os.kill(killed[0], signal.SIGKILL)
+        t = threading.Thread(target=kill, daemon=True)
+        t.start()
         sheets.compute(["table5"], options(store, (0, 1)), workers=client)
         t.join(5)
     assert killed
@@ -153,7 +176,8 @@ def test_a_students_walk(tmp_path):
     repo = tmp_path/"repo"
     shutil.copytree(ROOT/"nbs", repo/"nbs", ignore=shutil.ignore_patterns("reports", "runs", ".ipynb_checkpoints"))
     shutil.copytree(ROOT/"tocoad", repo/"tocoad", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT/name, repo)
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT/name, repo)
     env = os.environ | dict(PYTHONPATH=str(repo), PYTHONDONTWRITEBYTECODE="1")
 
     def walk():
@@ -167,7 +191,8 @@ def test_a_students_walk(tmp_path):
         path = repo/"nbs"/nb
         book = json.loads(path.read_text())
         for c in book["cells"]:
-            if c["cell_type"] == kind: c["source"] = "".join(c["source"]).replace(old, new).splitlines(keepends=True)
+            if c["cell_type"] == kind:
+                c["source"] = "".join(c["source"]).replace(old, new).splitlines(keepends=True)
         assert json.dumps(book) != json.dumps(json.loads(path.read_text())), "the edit found nothing"
         path.write_text(json.dumps(book))
         subprocess.run([Path(sys.executable).parent/"nbdev-export"], cwd=repo, env=env, check=True, capture_output=True)
@@ -198,8 +223,11 @@ def test_a_students_walk(tmp_path):
 
 class Tinted(torch.nn.Module):
     "Views with a parameter, which stage II must not leak"
-    def __init__(self): super().__init__(); self.tint = torch.nn.Parameter(torch.ones(3, 1, 1))
-    def forward(self, images): return (images*self.tint)[..., :64, :64].clamp(0, 1)
+    def __init__(self):
+        super().__init__()
+        self.tint = torch.nn.Parameter(torch.ones(3, 1, 1))
+    def forward(self, images):
+        return (images*self.tint)[..., :64, :64].clamp(0, 1)
 
 
 def test_components_are_part_of_the_key_and_stay_as_they_are(tmp_path):
@@ -233,7 +261,9 @@ def partly(tmp_path_factory):
     "A root with one of MVTec AD's fifteen categories"
     root = tmp_path_factory.mktemp("root")
     write_mini(root/"made", size=64, categories=("washer",))
-    (root/"mvtec_ad").mkdir(); (root/"made"/"washer").rename(root/"mvtec_ad"/"bottle"); (root/"made").rmdir()
+    (root/"mvtec_ad").mkdir()
+    (root/"made"/"washer").rename(root/"mvtec_ad"/"bottle")
+    (root/"made").rmdir()
     return root
 
 
@@ -242,7 +272,8 @@ def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly, monk
     words = ["reproduce", "table1", "table7", "audit", "figure7", "--root", partly, "--profile", "smoke", "--set", *TINY, "--store", tmp_path/"store", "--out", tmp_path/"out", "--quiet"]
     status, out, err = say(*words)
     assert status == 0, err
-    for t in ("table1", "table7", "audit"): assert {p.suffix for p in (tmp_path/"out"/"tables").glob(f"{t}.*")} >= {".csv", ".md", ".html", ".tex"}
+    for t in ("table1", "table7", "audit"):
+        assert {p.suffix for p in (tmp_path/"out"/"tables").glob(f"{t}.*")} >= {".csv", ".md", ".html", ".tex"}
     assert {p.suffix for p in (tmp_path/"out"/"figures").glob("figure7.*")} >= {".png", ".pdf"}
     page = (tmp_path/"out"/"index.html").read_text()
     assert all(f'id="{t}"' in page for t in ("table1", "table7", "audit", "figure7"))
@@ -286,7 +317,8 @@ def test_a_split_of_one_s_own_fills_no_cell_of_the_paper_s_tables(tmp_path):
 def test_visa_and_btad_fill_tables_2_and_3(tmp_path, monkeypatch):
     "On the mini data laid out as these sets: every row is computed, and Table 3 has the image level that the paper leaves out"
     monkeypatch.setattr(sheets, "unlike", lambda data: "") # as if the counts were the published ones
-    for d, names in dict(visa=["candle"], btad=["01", "03"]).items(): write_layout(tmp_path/d, d, names, traps=True)
+    for d, names in dict(visa=["candle"], btad=["01", "03"]).items():
+        write_layout(tmp_path/d, d, names, traps=True)
     o = options(tmp_path/"store", root=str(tmp_path), categories=None)
     both = {t: Results(s) for t, s in sheets.compute(["table2", "table3"], o).items()}
     for t, d, names in (("table2", "VisA", ["Candle", "Total avg."]), ("table3", "BTAD", ["01", "03", "Total avg."])):
@@ -339,8 +371,11 @@ def test_dry_run_counts_what_is_shared(say, tmp_path):
     (["runs", "list", "--store", "{tmp}/none"], 1, "there is no store at"),
     (["run", "--set", "method=frozen"], 2, "every method is run")])
 def test_bad_input_is_one_sentence(say, tmp_path, words, status, sentence):
-    for name in ("old", "full"): (tmp_path/name).mkdir()
-    (tmp_path/"old"/"store.json").write_text('{"format": 99}'); (tmp_path/"full"/"thesis.tex").touch(); (tmp_path/"file").touch()
+    for name in ("old", "full"):
+        (tmp_path/name).mkdir()
+    (tmp_path/"old"/"store.json").write_text('{"format": 99}')
+    (tmp_path/"full"/"thesis.tex").touch()
+    (tmp_path/"file").touch()
     found, out, err = say(*(w.format(tmp=tmp_path, **{n: tmp_path/n for n in ("old", "full", "file")}) for w in words), *(["--quiet"] if words[0] == "reproduce" else []))
     assert (found, err.count("\n")) == (status, 1) and sentence in err and err.startswith("tocoad: ")
     assert not list((tmp_path/"full").glob("store*"))
@@ -388,7 +423,8 @@ def test_a_result_of_another_arithmetic_or_version_has_another_key(monkeypatch):
     cfg, data = config.config("smoke"), load.load(None, "mini", "washer", size=64)
     key = lambda cfg=cfg, device="cpu": {s: t.key for s, t in compare.tasks(cfg, data, device=device).items()}
     first = key()
-    for other in (key(device="cuda"), key(cfg.replace(precision="bf16"))): assert not set(first.values()) & set(other.values())
+    for other in (key(device="cuda"), key(cfg.replace(precision="bf16"))):
+        assert not set(first.values()) & set(other.values())
     assert key(cfg.replace(precision="tf32")) == first, "a CPU knows no TF32"
     assert not set(key(cfg.replace(precision="tf32"), "cuda").values()) & set(key(device="cuda").values())
     for package in keys.COMPUTING:
@@ -415,7 +451,8 @@ def test_runs_list_show_prune(say, tmp_path, unbroken):
     assert "0 records begin with 'zzz'" in say("runs", "show", "zzz", "--store", store)[2]
     (store/"memory"/"half.safetensors").write_bytes(b"x")
     assert "would drop 0 records and 1 leftovers" in say("runs", "prune", "--dry-run", "--store", store)[1]
-    for p in (store/"sheets").glob("*.json"): p.unlink()
+    for p in (store/"sheets").glob("*.json"):
+        p.unlink()
     status, out, _ = say("runs", "prune", "--store", store)
     assert status == 0 and not list(store.glob("*/*.safetensors")) and not Store(store).records()
 

@@ -47,11 +47,9 @@ def differences(r:Results, row:str, metric:str) -> dict: # base -> {category: `I
 # %% ../../nbs/paper/panel.ipynb #6d1ea079
 BASES = {"frozen F": "Δ frozen F", "C alone, weight 0.5": "Δ C, half weight"}
 
+@side_by_side
 def table(r:Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metric, what)
     "Every row on every set: values, and paired differences to the frozen F, to its control, to C alone at half weight"
-    return side_by_side(r, _table)
-
-def _table(r):
     by = {(x, m): differences(r, x, m) for x in r.rows for m in METRICS}
     means = dict.fromkeys(c for d in by.values() for found in d.values() for c in found if c.startswith("mean of "))
     text = lambda d: interval(d.mean, d.low, d.high) if d else "-"

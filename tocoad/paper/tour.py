@@ -221,7 +221,7 @@ def _tour_scores(c, data, frozen_scores, tuned_scores, k):
                               distances=tuned_scores[k].astype(np.float16))
 
 # %% ../../nbs/paper/tour.ipynb #e183c559
-def tour(c, data, got, parts, device, progress):
+def tour(c, data, got, parts, device, progress): # got: values and tensors of the stages before it
     "What Figures 1 to 5 draw, from the two-stage run and the frozen one"
     (_, D0), (run, F0), (_, M), (_, s), (_, s_frozen) = got
     (F, D), tuned = make_networks(c, device), _extractor(c, F0, device)
