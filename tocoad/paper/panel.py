@@ -55,6 +55,8 @@ def table(r:Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metric
     text = lambda d: interval(d.mean, d.low, d.high) if d else "-"
     out = {}
     for (s, c), x in product([*places(r), *((None, m) for m in means)], r.rows):
+        if not s and not any(c in d for m in METRICS for d in by[x, m].values()):
+            continue
         line = out[c, x] = {}
         for m in METRICS:
             found = {BASES.get(b, "Δ its control"): d[c] for b, d in by[x, m].items()

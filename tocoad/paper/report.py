@@ -101,7 +101,7 @@ def coverage(done, every) -> str: # done: categories averaged; every: those of t
     named = f", without {' and '.join(lost)}" if len(lost) < 3 else ""
     return f" ({len(every) - len(lost)} of {len(every)}{named})" if 0 < len(lost) < len(every) else ""
 
-# %% ../../nbs/paper/report.ipynb #23a2fcf4
+# %% ../../nbs/paper/report.ipynb #c1cb88b8
 @dataclass(frozen=True)
 class Value:
     "A mean over seeds, perhaps over categories too"
@@ -111,11 +111,9 @@ class Value:
     of: tuple = () # categories averaged
     every: tuple = () # categories that the average should have
     def __str__(self):
-        if np.isnan(self.mean):
-            return "-"
-        return f"{self.mean:.2f}" + ("" if np.isnan(self.std) else f" ± {self.std:.2f}") + coverage(self.of, self.every)
+        number = f"{self.mean:.2f}" + ("" if np.isnan(self.std) else f" ± {self.std:.2f}")
+        return "-" if np.isnan(self.mean) else number + coverage(self.of, self.every)
 
-# %% ../../nbs/paper/report.ipynb #c1cb88b8
 def _pick(frame, row, dataset, over):
     "The lines of a row on some categories"
     return frame[(frame.row == row) & (frame.dataset == dataset) & frame.category.isin(np.atleast_1d(over))]
@@ -168,10 +166,9 @@ def side_by_side(make): # make: function of `Results` that gives a frame
     def frame(r:Results, **how):
         "As `make`"
         frames = {x.sheet["profile"]: make(x, **how) for x in (r, *r.beside)}
-        first = next(iter(frames))
         own = lambda f: f.loc[:, [c[-1] != "published" for c in f]]
-        several = {p: f if p == first else own(f) for p, f in frames.items()}
-        return pd.concat(several, axis=1).fillna("-") if r.beside else frames[first]
+        several = {p: f if p == r.sheet["profile"] else own(f) for p, f in frames.items()}
+        return pd.concat(several, axis=1).fillna("-") if r.beside else make(r, **how)
     return frame
 
 # %% ../../nbs/paper/report.ipynb #34e2d2da
@@ -270,8 +267,7 @@ COLUMNS = dict( # column of the runs -> what it means
          "mean over epochs.",
     training="Training, in a word: did not learn (L_sym hardly fell), collapsed (a layer lost four fifths of its "
              "spread), too long or too short (AUPRO, or AUROC, on the way; only where it was looked at), learned.",
-    oracle_image_auroc="The best epoch by test labels is an oracle: nobody without labels could choose it. Results are "
-                       "those of the last epoch.")
+    oracle_image_auroc="The best epoch by test labels is an oracle that needs labels; results are the last epoch's.")
 
 def _paired(seeds):
     paired = "Per cent. Differences are paired, same test images and seeds, with 95 % bootstrap intervals over images"
@@ -327,10 +323,8 @@ def flat(frame:pd.DataFrame, by:str=" ") -> pd.DataFrame: # by: between the name
 def _typeset(frames, name, title, notes):
     "Tables for HTML and LaTeX, the notes beneath the last"
     from great_tables import GT
-    out = []
-    for k, (heading, f) in enumerate(frames.items()):
-        t = GT(flat(f, "|").astype(str), id=f"{name}-{k}").tab_spanner_delim("|").cols_align("left")
-        out.append(t.tab_header(f"{title}. {heading}" if heading else title))
+    table = lambda f, k: GT(flat(f, "|").astype(str), id=f"{name}-{k}").tab_spanner_delim("|").cols_align("left")
+    out = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
     for n in notes:
         out[-1] = out[-1].tab_source_note(n)
     return out
