@@ -1,10 +1,16 @@
 "Every choice that the paper leaves open has a row, and every mention of one leads to it."
-import csv, json, os, re, subprocess, sys
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 from nbconvert.filters import markdown2html
+
 from tocoad.paper.gaps import SECTIONS, gap, gaps
 from tocoad.run.config import PROFILES
 from tocoad.systems.settings import Config
@@ -38,11 +44,13 @@ def cells(nb, kind=None):
     return ["".join(c["source"]) for c in found if kind in (None, c["cell_type"])]
 
 
-def named(row): return set(gap(row).settings)
+def named(row):
+    return set(gap(row).settings)
 
 
 def test_the_list_is_complete():
-    with open(ROOT/"tocoad"/"paper"/"gaps.csv", encoding="utf-8", newline="") as f: rows = list(csv.DictReader(f))
+    with open(ROOT/"tocoad"/"paper"/"gaps.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
     assert [int(r["gap"]) for r in rows] == list(range(1, 70)) == [n for s in SECTIONS.values() for n in s]
     assert list(rows[0]) == "gap item paper siblings default alternatives decided sensitivity".split()
     assert not [(r["gap"], k) for r in rows for k, v in r.items() if not v or v != v.strip()], "empty or padded fields"
@@ -52,8 +60,10 @@ def test_the_list_is_complete():
 def test_every_row_says_where_it_is_decided():
     fields = set(Config.__dataclass_fields__)
     for n, where in gaps().decided.items():
-        if where.startswith(("fixed: ", "data: ")): assert len(where.split()) > 3, f"gap {n} gives no reason"
-        else: assert set(where.split()) <= fields, f"gap {n}: {sorted(set(where.split()) - fields)} are no settings"
+        if where.startswith(("fixed: ", "data: ")):
+            assert len(where.split()) > 3, f"gap {n} gives no reason"
+        else:
+            assert set(where.split()) <= fields, f"gap {n}: {sorted(set(where.split()) - fields)} are no settings"
 
 
 def test_every_setting_that_names_a_gap_is_named_by_it():
@@ -66,7 +76,8 @@ def test_every_setting_that_names_a_gap_is_named_by_it():
 
 
 def test_profiles_differ_where_the_list_says_so():
-    if "literal" not in PROFILES: pytest.fail("there is no profile literal")
+    if "literal" not in PROFILES:
+        pytest.fail("there is no profile literal")
     a, b = PROFILES["literal"], PROFILES["paper"]
     differ = {k for k in Config.__dataclass_fields__ if getattr(a, k) != getattr(b, k)} - {"profile"}
     rows = gaps()[gaps().default.str.contains(r"^literal .*; paper ")].index
@@ -98,7 +109,8 @@ def test_a_link_finds_its_row():
     html = "".join(map(markdown2html, shown))
     assert re.findall(r'<h4 id="(gap-\d+)"', html) == [f"gap-{n}" for n in range(1, 70)]
     assert len(re.findall(r'id="gap-\d+"', html)) == 69
-    for n in range(1, 70): assert f"#### gap {n}\n\n{gap(n)._repr_markdown_()}" in "\n".join(shown), f"gap {n} has changed: run nbs/paper/gaps.ipynb"
+    for n in range(1, 70):
+        assert f"#### gap {n}\n\n{gap(n)._repr_markdown_()}" in "\n".join(shown), f"gap {n} has changed: run nbs/paper/gaps.ipynb"
     numbers = [int(n) for t in cells(LIST, "markdown") for a, n in re.findall(r"\[(\d+)\]\(#gap-(\d+)\)", t) if a == n]
     assert numbers == list(range(1, 70)), "the index at the top"
 

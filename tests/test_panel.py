@@ -3,13 +3,12 @@ import json
 
 import pytest
 
-from tocoad.paper import plan, rows, sheets
 from tocoad.cli import main
 from tocoad.data.trees import write_layout
-from tocoad.paper import panel
-from tocoad.run.store import Store
+from tocoad.paper import panel, plan, rows, sheets
 from tocoad.paper.report import Results
 from tocoad.run import exchange
+from tocoad.run.store import Store
 
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=10", "width=32", "batch=8", "bn2=train", "curve=5"]
 

@@ -7,19 +7,23 @@ __all__ = ['SEEDS', 'WEIGHTS', 'D_WEIGHTS', 'ACTIVATIONS', 'PASSING', 'seconds',
            'gpu_memory', 'disk', 'in_turn', 'outlook', 'in_words', 'check', 'spend']
 
 # %% ../../nbs/paper/budget.ipynb #908ae683
-import json, time
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+
 import pandas as pd
-from . import published
-from .published import CATEGORIES
+
 from ..data.errors import BadInput
+from . import plan, published, sheets
+from . import rows as rows_room
+from .published import CATEGORIES
 from ..systems.settings import Config, resolved
-from ..run.store import Store, default_store
 from ..run.keys import chain
-from . import plan, report, rows as rows_room, sheets
+from ..run.store import Store, default_store
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
 def seconds(
@@ -27,18 +31,22 @@ def seconds(
 ) -> float:
     "A budget in seconds"
     number, unit = str(text).strip()[:-1], str(text).strip()[-1:]
-    try: value = float(number)*dict(h=3600, m=60, s=1)[unit]
-    except (ValueError, KeyError): value = 0
-    if not 0 < value < float("inf"): raise BadInput(f"--budget {text}: write it as a number with h, m or s, such as 40h.")
+    try:
+        value = float(number)*dict(h=3600, m=60, s=1)[unit]
+    except (ValueError, KeyError):
+        value = 0
+    if not 0 < value < float("inf"):
+        raise BadInput(f"--budget {text}: write it as a number with h, m or s, such as 40h.")
     return value
 
 # %% ../../nbs/paper/budget.ipynb #0684ce76
 def decisive(
     dataset:str, # "mvtec_ad", "visa", "btad", or another
 ) -> tuple: # categories
-    "Categories by how far the paper's ToCoAD + Perlin lies from its PatchCore, in points of both levels, the farthest first"
+    "Categories by how far the paper's ToCoAD + Perlin lies from its PatchCore, both levels together, farthest first"
     n = dict(mvtec_ad=1, visa=2, btad=3).get(dataset)
-    if n is None: return ()
+    if n is None:
+        return ()
     wide = published.table(n).pivot_table(index="category", columns=["method", "metric"], values="value")
     gap = (wide["ToCoAD + Perlin"] - wide["PatchCore"]).abs().sum(axis=1)
     return tuple(c for c in gap.sort_values(ascending=False, kind="stable").index if c in CATEGORIES[dataset])
@@ -46,20 +54,16 @@ def decisive(
 # %% ../../nbs/paper/budget.ipynb #7117bc98
 SEEDS = 3 # of the rows that decide, before the others begin
 
-def main(
-    target:str, # a table, or the panel
-    o, # `plan.Options`
-) -> tuple: # of `rows.Row`
+def main(target:str, o) -> tuple: # target: a table, or the panel; o: `plan.Options`; of `rows.Row`
     "The rows of a target that decide: frozen F, the row put forward, C alone, their controls"
-    every = o.rows(target)
-    def put_forward(x):
-        if target.startswith("table") and int(target[-1]) > 3: return x.reference
-        return x.changes["method"] == "two_stage" and x.changes["generator"] == "perlin"
-    first = [x for x in every if put_forward(x)]
+    every, panel = o.rows(target), target == "panel" or int(target[-1]) < 4
+    perlin = lambda x: x.changes["method"] == "two_stage" and x.changes["generator"] == "perlin"
+    first = [x for x in every if (perlin(x) if panel else x.reference)]
     alone = [x for x in every if x.changes["method"] == "contrastive"] if target in ("table5", "panel") else []
     with_controls = [c for x in (*first, *alone) for c in (x, rows_room.control(x)) if c in every]
     return tuple(dict.fromkeys([rows_room.FROZEN, *with_controls]))
 
+# %% ../../nbs/paper/budget.ipynb #cc976789
 @dataclass(frozen=True)
 class Run:
     "One run in its turn"
@@ -70,28 +74,27 @@ class Run:
     cfg: Config
     rank: int = 0 # of its row within its tier
 
-def schedule(
-    targets, # tables, or the panel
-    o, # `plan.Options`
-) -> list: # of `Run`, each configuration once
-    "All runs that some targets need, in the order in which they are made"
-    out = {}
-    for (d, c), ts in plan.groups(targets, o).items():
-        for t in ts:
-            first = main(t, o)
-            for rank, row in enumerate(dict.fromkeys([*first, *o.rows(t)])):
-                for k, s in enumerate(o.seeds):
-                    late = row not in first or k >= SEEDS
-                    cfg = resolved(o.config(d, c, s, row))
-                    run = Run(k + SEEDS*late, d, c, row.name, cfg, rank)
-                    if cfg not in out or run.tier < out[cfg].tier: out[cfg] = run
-    place = {(d, c): (i, k) for i, d in enumerate(dict.fromkeys(d for d, _ in plan.groups(targets, o))) for k, c in enumerate(decisive(d))}
+def schedule(targets, o) -> list: # targets: tables, or the panel; o: `plan.Options`; each configuration once
+    "The `Run`s that some targets need, in the order in which they are made"
+    out, places = {}, plan.groups(targets, o)
+    for (d, c), target in ((p, t) for p, ts in places.items() for t in ts):
+        first = main(target, o)
+        for (rank, row), (k, seed) in product(enumerate(dict.fromkeys([*first, *o.rows(target)])), enumerate(o.seeds)):
+            late = row not in first or k >= SEEDS
+            cfg = resolved(o.config(d, c, seed, row))
+            run = Run(k + SEEDS*late, d, c, row.name, cfg, rank)
+            if cfg not in out or run.tier < out[cfg].tier:
+                out[cfg] = run
+    sets = list(dict.fromkeys(d for d, _ in places))
+    place = {(d, c): (i, k) for i, d in enumerate(sets) for k, c in enumerate(decisive(d))}
     return sorted(out.values(), key=lambda x: (x.tier, place.get((x.dataset, x.category), (0, 0)), x.rank))
 
 # %% ../../nbs/paper/budget.ipynb #2298c039
 WEIGHTS = dict(tf_efficientnet_lite0=3.0, resnet18=11.2, resnet50=23.5, wide_resnet50_2=66.8) # millions, of F
 D_WEIGHTS = dict(tf_efficientnet_lite0=.4, resnet18=4.0, resnet50=18.8, wide_resnet50_2=28.9) # millions, of D
-ACTIVATIONS = dict(tf_efficientnet_lite0=79.1, resnet18=22.2, resnet50=86.1, wide_resnet50_2=112.5) # MB an image at 224 in training
+ACTIVATIONS = dict(tf_efficientnet_lite0=79.1, resnet18=22.2, resnet50=86.1, wide_resnet50_2=112.5) # MB, 224, training
+
+PASSING = ("stage2", "contrastive", "memory") # stages whose tensors go after their run where only scores are kept
 
 def gpu_memory(
     c:Config,
@@ -106,90 +109,112 @@ def disk(
 ) -> float: # GB
     "What a stored stage takes"
     patches, F = (c.size//8)**2, 4*WEIGHTS[c.backbone]/1000
-    if stage in ("stage2", "contrastive"): return F*(1 + (c.epochs2//c.curve if c.curve else 0))
-    if stage == "stage1": return 4*D_WEIGHTS[c.backbone]/1000
-    if stage == "memory": return c.coreset*n*patches*4*(c.dims or 256)/1e9
+    if stage in ("stage2", "contrastive"):
+        return F*(1 + (c.epochs2//c.curve if c.curve else 0))
+    if stage == "stage1":
+        return 4*D_WEIGHTS[c.backbone]/1000
+    if stage == "memory":
+        return c.coreset*n*patches*4*(c.dims or 256)/1e9
     return patches*4*n/1e9 if stage == "scores" else 0. # as many test images as training images
 
 # %% ../../nbs/paper/budget.ipynb #bd2f5002
-def _known(run, targets, o, store):
-    "What the store noted about a category's images; None before its first run"
-    folder = next(p[run.dataset, run.category] for t in targets if (run.dataset, run.category) in (p := plan.places(t, o)))
-    note = store and sheets._note(store, folder, run.cfg)
-    return (json.loads(note.read_text()) if note and note.exists() else None), folder
+def in_turn(targets, many) -> list: # many: `plan.Options`, or several side by side; pairs (`Run`, its options)
+    "The runs of all profiles, tier by tier"
+    many = many if isinstance(many, (list, tuple)) else [many]
+    if not plan.groups(targets, many[0]):
+        raise BadInput(f"no category of {' '.join(targets)} is below {many[0].root}: give as --root the folder that "
+                       "holds mvtec_ad, visa or btad.")
+    return sorted(((x, o) for o in many for x in schedule(targets, o)), key=lambda p: p[0].tier)
 
 def _left(ts, store, seen):
     "The stages of a chain that would be computed, and are not counted yet"
     out = []
     def need(t, tensors=False):
-        if t.key in seen or store and store.record(t, tensors): return
-        for n in t.needs: need(n, True)
+        "Add a stage after those before it"
+        if t.key in seen or store and store.record(t, tensors):
+            return
+        for n in t.needs:
+            need(n, True)
         seen.add(t.key)
         out.append(t)
     for s in ("curve", "metrics"):
-        if s in ts: need(ts[s])
+        if s in ts:
+            need(ts[s])
     need(ts["scores"], True)
     return out
 
-PASSING = ("stage2", "contrastive", "memory") # stages whose tensors go after their run where only scores are kept
+# %% ../../nbs/paper/budget.ipynb #d9915b7c
+def _chain(run, targets, o, store, kind):
+    "The stages of a run, its training images, and whether the store knows them"
+    at = run.dataset, run.category
+    folder = next(p[at] for t in targets if at in (p := plan.places(t, o)))
+    note = store and sheets._note(store, folder, run.cfg)
+    if not (note and note.exists()):
+        return chain(run.cfg, "/".join(at), run.cfg.backbone, device=kind), plan.images_in(*at, folder), False
+    from tocoad.run import compare
+    known, weights = json.loads(note.read_text()), compare.weights_id(run.cfg.backbone, run.cfg.weights)
+    return chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind), known["images"], True
 
-def in_turn(
-    targets, # tables, or the panel
-    many, # `plan.Options`, or several: profiles that stand side by side
-) -> list: # pairs (`Run`, its options)
-    "The runs of all profiles, tier by tier"
-    many = many if isinstance(many, (list, tuple)) else [many]
-    if not plan.groups(targets, many[0]):
-        raise BadInput(f"no category of {' '.join(targets)} is below {many[0].root}: give as --root the folder that holds mvtec_ad, visa or btad.")
-    return sorted(((x, o) for o in many for x in schedule(targets, o)), key=lambda p: p[0].tier)
-
-def outlook(
-    targets, # tables, or the panel
-    many, # `plan.Options`, or several
-    budget:float|None=None, # seconds
-    rates:dict={}, # from `plan.rates_from`; they go before those of the store
-) -> pd.DataFrame: # a row a run in its turn: profile, tier, dataset, category, row, seed, hours, total, kept, passing and gpu in GB, within
-    "What each run in its turn would take; stored runs take nothing"
-    turns, seen, out, total = in_turn(targets, many), set(), [], 0.
+def outlook(targets, many, budget:float|None=None, rates=None) -> pd.DataFrame: # seconds; of `plan.rates_from`
+    "What each run in its turn would take, hours and GB; stored runs take nothing"
+    turns, seen, out = in_turn(targets, many), set(), []
     o = turns[0][1]
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
-    rates, kind = (plan.rates_in(store) if store else {}) | rates, plan._kind(o.device)
+    rates, kind = (plan.rates_in(store) if store else {}) | (rates or {}), plan._kind(o.device)
     for run, o in turns:
-        known, folder = _known(run, targets, o, store)
-        if known:
-            from tocoad.run import compare
-            weights = compare.weights_id(run.cfg.backbone, run.cfg.weights)
-            ts = chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind)
-        else: ts = chain(run.cfg, f"{run.dataset}/{run.category}", run.cfg.backbone, device=kind)
-        n = known["images"] if known else plan.images_in(run.dataset, run.category, folder)
+        ts, n, known = _chain(run, targets, o, store, kind)
         left = _left(ts, store if known else None, seen)
-        hours = plan.estimate(left, n, rates, kind)/3600
-        total += hours
-        size = {goes: sum(disk(t.stage, t.cfg, n) for t in left if (t.stage in PASSING) == goes) for goes in (False, True)}
-        out.append(dict(profile=o.profile, tier=run.tier, dataset=run.dataset, category=run.category, row=run.row, seed=run.cfg.seed, hours=hours,
-                        total=total, kept=size[False], passing=size[True], gpu=gpu_memory(run.cfg) if left else 0.))
+        size = {p: sum(disk(t.stage, t.cfg, n) for t in left if (t.stage in PASSING) == p) for p in (False, True)}
+        out.append(dict(profile=o.profile, tier=run.tier, dataset=run.dataset, category=run.category, row=run.row,
+                        seed=run.cfg.seed, hours=plan.estimate(left, n, rates, kind)/3600, kept=size[False],
+                        passing=size[True], gpu=gpu_memory(run.cfg) if left else 0.))
     f = pd.DataFrame(out)
+    f.insert(f.columns.get_loc("kept"), "total", f.hours.cumsum())
     return f.assign(within=True if budget is None else f.total <= budget/3600)
 
-def in_words(
-    f:pd.DataFrame, # from `outlook`
-    keep:str="scores", # as for `spend`
-) -> str: # lines
+# %% ../../nbs/paper/budget.ipynb #0c97b19e
+def in_words(f:pd.DataFrame, keep:str="scores") -> str: # f: from `outlook`; keep: as for `spend`
     "The plan, tier by tier, and what it takes"
     lines, span = [], lambda h: f"{h:.1f} h" if h >= 1 else f"{60*h:.0f} min"
-    for _, g in f[f.hours > 0].groupby("tier"):
-        names = {k: ", ".join(map(str, dict.fromkeys(g[k]))) for k in ("row", "category", "seed")}
+    for k, (_, g) in enumerate(f[f.hours > 0].groupby("tier"), 1):
+        seeds, where, rows = (", ".join(map(str, g[c].unique())) for c in ("seed", "category", "row"))
         reach = f"{g.within.sum()} of {len(g)} runs within the budget" if not g.within.all() else f"{len(g)} runs"
-        lines.append(f"{len(lines) + 1}. seed {names['seed']}; {names['category']}: {names['row']}: {reach}, {span(g.hours.sum())}")
+        lines.append(f"{k}. seed {seeds}; {where}: {rows}: {reach}, {span(g.hours.sum())}")
     mine = f[f.within]
     disk = mine.kept.sum() + (mine.passing.max() if keep == "scores" and len(mine) else mine.passing.sum())
-    last = f"{(f.hours == 0).sum()} of {len(f)} runs stored; {span(mine.hours.sum())} of {span(f.hours.sum())}; about {disk:.1f} GB of disk; {f.gpu.max():.1f} GB of GPU memory where there is one"
-    return "\n".join([*lines, last])
+    time = f"{span(mine.hours.sum())} of {span(f.hours.sum())}"
+    room = f"about {disk:.1f} GB of disk; {f.gpu.max():.1f} GB of GPU memory where there is one"
+    return "\n".join([*lines, f"{(f.hours == 0).sum()} of {len(f)} runs stored; {time}; {room}"])
 
 # %% ../../nbs/paper/budget.ipynb #ddb2032a
-def check(
-    targets, # of `rows.TARGETS`
-):
+def _one(targets, store, device, kind, end, workers, keep, log, turn):
+    "One run: there, left or failed"
+    from tocoad.run import cluster, compare
+    run, o = turn
+    name = f"{o.profile}, {run.dataset}/{run.category}: {run.row}, seed {run.cfg.seed}"
+    try:
+        data, at = sheets._read(targets, o, run.dataset, run.category, store)
+        ts = compare.tasks(run.cfg, data, device=kind)
+    except BadInput as e:
+        log(f"{name}: failed: {e}")
+        return "failed"
+    if not (left := _left(ts, store, set())):
+        return "there"
+    need = plan.estimate(left, len(data.train), plan.rates_in(store), kind)
+    if time.monotonic() + need > end:
+        log(f"{name}: left, it would take about {need/3600:.2f} hours")
+        return "left"
+    start, last = time.perf_counter(), [ts[k] for k in ("curve", "metrics") if k in ts]
+    failed = sheets._spread(last, at, store, o.device, workers, lambda t, made, new: None) if workers else {}
+    found = cluster.carry_out_all(last, data, store, "cpu" if workers else device, failed=failed)
+    bad = next((why for why in found.values() if isinstance(why, str)), None)
+    log(f"{name}: {f'failed: {bad}' if bad else f'{time.perf_counter() - start:.0f} s'}")
+    for k in ts.keys() & set(PASSING) if keep == "scores" and not bad else ():
+        store.drop(ts[k], record=False)
+    return "failed" if bad else "there"
+
+# %% ../../nbs/paper/budget.ipynb #8bd09105
+def check(targets): # of `rows.TARGETS`
     "BadInput for what is no table"
     if (odd := next((t for t in targets if not t.startswith("table") and t != "panel"), None)):
         raise BadInput(f"--budget is for tables and the panel, not for {odd}: draw figures without it.")
@@ -206,40 +231,9 @@ def spend(
     o = turns[0][1]
     plan.check(targets, o)
     check(targets)
-    store, device = Store(o.store), compare.find_device(o.device) if workers is None else o.device
+    device = o.device if workers else compare.find_device(o.device)
     end, kind = time.monotonic() + budget, plan._kind(o.device) if workers else device.type
-    go = partial(_one, targets, store, device, kind, end, workers, keep, log)
-    slots = sum(workers.nthreads().values()) if workers else 1
-    if slots == 1: became = list(map(go, turns))
-    else:
-        with ThreadPoolExecutor(slots) as pool: became = list(pool.map(go, turns))
+    go = partial(_one, targets, Store(o.store), device, kind, end, workers, keep, log)
+    with ThreadPoolExecutor(sum(workers.nthreads().values()) if workers else 1) as pool:
+        became = list(pool.map(go, turns))
     return tuple(became.count(w) for w in ("there", "left", "failed"))
-
-def _one(targets, store, device, kind, end, workers, keep, log, turn):
-    "One run: there, left or failed"
-    from tocoad.run import cluster, compare
-    run, o = turn
-    name = f"{o.profile}, {run.dataset}/{run.category}: {run.row}, seed {run.cfg.seed}"
-    try:
-        data, at = sheets._read(targets, o, run.dataset, run.category, store)
-        ts = compare.tasks(run.cfg, data, device=kind)
-    except BadInput as e:
-        log(f"{name}: failed: {e}")
-        return "failed"
-    left = _left(ts, store, set())
-    if not left: return "there"
-    need = plan.estimate(left, len(data.train), plan.rates_in(store), kind)
-    if time.monotonic() + need > end:
-        log(f"{name}: left, it would take about {need/3600:.2f} hours")
-        return "left"
-    start, last = time.perf_counter(), [ts[s] for s in ("curve", "metrics") if s in ts]
-    if workers is not None:
-        failed = sheets._spread(last, at, store, o.device, workers, lambda t, made, new: None)
-        found = {t: failed.get(t.key) or store.record(t) for t in last}
-    else: found = cluster.carry_out_all(last, data, store, device)
-    bad = next((why for why in found.values() if isinstance(why, str) or why is None), False)
-    log(f"{name}: {f'failed: {bad}' if bad is not False else f'{time.perf_counter() - start:.0f} s'}")
-    if bad is False and keep == "scores":
-        for s in PASSING:
-            if s in ts: store.drop(ts[s], record=False)
-    return "there" if bad is False else "failed"

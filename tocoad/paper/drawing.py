@@ -38,12 +38,11 @@ def forest(
             ax.errorbar(mean, y + .7*((k + .5)/len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
                         fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
         ax.set_title(name, fontsize=9)
-        ax.tick_params(labelsize=8)
         ax.grid(axis="x", alpha=.25)
         ax.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .4, -.6))
-    if many > 1:
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
+    fig.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8)
     fig.suptitle(heading, fontsize=8)
     return fig
@@ -202,7 +201,8 @@ def arrow(
         if isinstance(p[end], Tile):
             p[end] = p[end].at("right" if middle(p[beside]) > middle(p[end]) else "left", .05)
     style = dict(arrowstyle="-|>,head_width=.22,head_length=.4" if head else "-", mutation_scale=9, lw=1.1,
-                 color=colour, ls=(0, (3, 2)) if dashed else "-", shrinkA=0, shrinkB=0, joinstyle="round", capstyle="butt", fill=head)
+                 color=colour, ls=(0, (3, 2)) if dashed else "-", shrinkA=0, shrinkB=0,
+                 joinstyle="round", capstyle="butt", fill=head)
     ax.add_patch(FancyArrowPatch(path=Line(p), zorder=2, **style))
     note(ax, (p[0][0] + p[1][0])/2, (p[0][1] + p[1][1])/2 - lift, text, size, colour)
 

@@ -9,7 +9,9 @@ __all__ = ['SECTIONS', 'gaps', 'Gap', 'gap']
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+
 import pandas as pd
+
 from ..data.errors import one_of
 
 # %% ../../nbs/paper/gaps.ipynb #70962401

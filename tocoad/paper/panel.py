@@ -47,16 +47,16 @@ def differences(r:Results, row:str, metric:str) -> dict: # base -> {category: `I
 # %% ../../nbs/paper/panel.ipynb #6d1ea079
 BASES = {"frozen F": "Δ frozen F", "C alone, weight 0.5": "Δ C, half weight"}
 
+@side_by_side
 def table(r:Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metric, what)
     "Every row on every set: values, and paired differences to the frozen F, to its control, to C alone at half weight"
-    return side_by_side(r, _table)
-
-def _table(r):
     by = {(x, m): differences(r, x, m) for x in r.rows for m in METRICS}
     means = dict.fromkeys(c for d in by.values() for found in d.values() for c in found if c.startswith("mean of "))
     text = lambda d: interval(d.mean, d.low, d.high) if d else "-"
     out = {}
     for (s, c), x in product([*places(r), *((None, m) for m in means)], r.rows):
+        if not s and not any(c in d for m in METRICS for d in by[x, m].values()):
+            continue
         line = out[c, x] = {}
         for m in METRICS:
             found = {BASES.get(b, "Δ its control"): d[c] for b, d in by[x, m].items()
@@ -79,7 +79,7 @@ def forest(r:Results, base:str="frozen F"): # matplotlib figure
 def tidy(r:Results) -> pd.DataFrame: # profile, set, row, metric, mean, std, seeds, base, gain, low, high; per cent
     "All numbers of a panel in long form"
     out = []
-    for p, row, m in [(p, row, m) for p in (r, *r.beside) for row in p.rows for m in METRICS]:
+    for p, row, m in [(x, y, k) for x in (r, *r.beside) for y in x.rows for k in METRICS]:
         by = differences(p, row, m)
         for s, c in places(p):
             v = value(p, row, m, s, c)

@@ -4,36 +4,39 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'TEXTURES', 'OBJECTS', 'STATED', 'DEFAULT', 'table', 'members', 'Cell', 'cell', 'wide', 'label',
-           'printed', 'recompute', 'averages', 'audit', 'count_audit', 'configurations', 'Remark', 'Remarks', 'remarks']
+           'printed', 'recompute', 'averages', 'audit', 'counts', 'count_audit', 'configurations', 'Remark', 'Remarks',
+           'remarks']
 
 # %% ../../nbs/paper/published.ipynb #cf28f892
 from dataclasses import dataclass
-from decimal import Decimal, ROUND_HALF_UP
+from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from importlib.resources import files
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..data.errors import BadInput, one_of
-from ..data.sets import DATASETS, counts
 
 # %% ../../nbs/paper/published.ipynb #58fbd9ec
 @cache
 def _read(name):
-    with (files("tocoad")/"paper"/f"{name}.csv").open(encoding="utf-8") as f: return pd.read_csv(f, dtype=str)
+    with (files("tocoad")/"paper"/f"{name}.csv").open(encoding="utf-8") as f:
+        return pd.read_csv(f, dtype=str)
 
 # %% ../../nbs/paper/published.ipynb #3df922db
-def table(n: int,         # the paper's table, 1-9
-         ) -> pd.DataFrame: # a row a number: dataset, category, kind, method or factors, metric, printed (str), value (per cent)
-    "Table `n` of the paper in tidy form."
+def table(n:int) -> pd.DataFrame: # n: 1-9; dataset, category, kind, factors, metric, printed (str), value
+    "Table `n` of the paper in tidy form, a row a number."
     n = one_of(n, range(1, 10), "the table")
     t = _read(f"table{n}").rename(columns={"lambda": "lam", "value": "printed"})
-    if n > 3: t = pd.concat([pd.DataFrame({"dataset": "mvtec_ad", "category": "total_avg"}, index=t.index), t], axis=1)
+    if n > 3:
+        t = pd.concat([pd.DataFrame({"dataset": "mvtec_ad", "category": "total_avg"}, index=t.index), t], axis=1)
     t.insert(2, "kind", np.where(t.category.str.endswith("_avg"), "average", "category"))
-    for c in t.columns.intersection(["ncl", "dnp", "concat"]): t[c] = t[c] == "1"
-    if "lam" in t: t["lam"] = t["lam"].astype(float)
-    return t.assign(value=t["printed"].astype(float))
+    t = t.assign(**{c: t[c] == "1" for c in t.columns.intersection(["ncl", "dnp", "concat"])})
+    return t.assign(**({"lam": t["lam"].astype(float)} if "lam" in t else {}), value=t["printed"].astype(float))
 
 # %% ../../nbs/paper/published.ipynb #05536b9f
-CATEGORIES = {name: DATASETS[name].categories for name in ("mvtec_ad", "visa", "btad")}
+CATEGORIES = {t.dataset[0]: tuple(t.category[t.kind == "category"].unique()) for t in map(table, (1, 2, 3))}
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 OBJECTS = tuple(c for c in CATEGORIES["mvtec_ad"] if c not in TEXTURES)
 
@@ -58,11 +61,16 @@ class Cell(float):
     table: int        # 1-9
     row: tuple        # pairs (column, value) that address it
     printed: str = "" # the paper's digits
-    def __new__(cls, value, *args, **kwargs): return super().__new__(cls, value)
-    def __getnewargs__(self): return self.value, self.table, self.row, self.printed
-    def _says(self): return self.printed or f"{self.value:g}", f"(Table {self.table}: {', '.join(f'{k} {v}' for k, v in self.row)})"
-    def __repr__(self): return "{} {}".format(*self._says())
-    def _repr_markdown_(self): return "**{}** {}".format(*self._says())
+    def __new__(cls, value, *args, **kwargs):
+        return super().__new__(cls, value)
+    def __getnewargs__(self):
+        return self.value, self.table, self.row, self.printed
+    def _says(self):
+        return self.printed or f"{self.value:g}", f"(Table {self.table}: {', '.join(f'{k} {v}' for k, v in self.row)})"
+    def __repr__(self):
+        return "{} {}".format(*self._says())
+    def _repr_markdown_(self):
+        return "**{}** {}".format(*self._says())
 
 # %% ../../nbs/paper/published.ipynb #1c15f8a9
 def cell(n: int,    # the paper's table, 1-9
@@ -75,7 +83,8 @@ def cell(n: int,    # the paper's table, 1-9
         one_of(k, t.columns.drop(["printed", "value"]), f"a column of table {n}")
         t, at = t[t[k] == one_of(v, t[k].unique().tolist(), f"{k} {at}")], f"{at}, {k} {v}"
     free = [k for k in _keys(n) if t[k].nunique() > 1]
-    if free: raise BadInput(f"{len(t)} values {at}: say also which {' and '.join(free)}")
+    if free:
+        raise BadInput(f"{len(t)} values {at}: say also which {' and '.join(free)}")
     row = t.to_dict("records")[0]
     return Cell(row["value"], n, tuple((k, row[k]) for k in _keys(n)), row["printed"])
 
@@ -91,16 +100,18 @@ def wide(n: int,          # the paper's table, 1-9
     return t.set_index(rows + cols)[values].unstack(cols, sort=False).reindex(columns=order)
 
 # %% ../../nbs/paper/published.ipynb #a8b3bf57
-_LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", pipe_fryum="Pipe fryum", lam="λ", ncl="NCL", dnp="DNP",
-               cl_method="CL method", concat="Concatenation", loss="Loss",
-               texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.", **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)},
-               **{name: d.title for name, d in DATASETS.items() if name not in ("mini", "own")})
+_LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", lam="λ", ncl="NCL", dnp="DNP",
+               cl_method="CL method", concat="Concatenation", mvtec_ad="MVTec AD", visa="VisA", btad="BTAD",
+               mvtec_ad_2="MVTec AD 2", kolektor_sdd="KolektorSDD", dtd="Describable Textures (DTD)",
+               texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.",
+               **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)})
 
 # %% ../../nbs/paper/published.ipynb #344ddb71
 def label(x, # a category, method, metric, factor or its value
          ) -> str:
     "A name as the paper writes it."
-    if isinstance(x, bool | np.bool_): return "✓" if x else "×"
+    if isinstance(x, bool | np.bool_):
+        return "✓" if x else "×"
     return _LABELS.get(x, str(x)[:1].upper() + str(x)[1:].replace("_", " "))
 
 # %% ../../nbs/paper/published.ipynb #c1f10772
@@ -108,26 +119,25 @@ def printed(n: int,         # the paper's table, 1-9
            ) -> pd.DataFrame: # strings
     "Table `n` for reading: the paper's digits, dashes and names."
     w = wide(n, "printed").astype(object).fillna("-")
-    if n < 3: w = pd.DataFrame({m: w[m].agg(" / ".join, axis=1) for m in w.columns.unique("method")})
+    if n < 3:
+        w = pd.DataFrame({m: w[m].agg(" / ".join, axis=1) for m in w.columns.unique("method")})
     rows = w.index.to_frame(index=False).map(label).rename(columns=label)
     index = pd.MultiIndex.from_frame(rows) if len(rows.columns) > 1 else pd.Index(rows.squeeze())
     return w.set_axis(index).rename(columns=label).rename_axis(columns=None)
 
 # %% ../../nbs/paper/published.ipynb #4436d399
-def recompute(t: pd.DataFrame,          # tidy, as from `table(1)`
-              rounding=ROUND_HALF_UP,   # how the mean is brought to two decimals, a constant of `decimal`
-             ) -> pd.DataFrame:         # method, average, metric, printed, recomputed, difference (exact decimals, per cent)
-    "Each printed average beside the mean of its own rows."
+def recompute(t:pd.DataFrame, rounding=ROUND_HALF_UP) -> pd.DataFrame: # t: as from `table(1)`; exact decimals, per cent
+    "Each printed average beside the mean of its own rows, and their difference."
     rows = []
     for (dataset, method, metric), g in t.groupby(["dataset", "method", "metric"], sort=False):
-        a = dict(zip(g.category, map(Decimal, g.printed)))
+        a = dict(zip(g.category, map(Decimal, g.printed), strict=True))
         for avg in g.category[g.kind == "average"]:
             K = members(dataset, avg)
-            lost = ", ".join(k for k in K if k not in a)
-            if lost: raise BadInput(f"{method} prints {avg} but no {metric} of {lost}: add the row")
+            if (lost := ", ".join(k for k in K if k not in a)):
+                raise BadInput(f"{method} prints {avg} but no {metric} of {lost}: add the row")
             mean = (sum(a[k] for k in K) / len(K)).quantize(Decimal("0.01"), rounding)
-            rows.append(dict(method=method, average=avg, metric=metric, printed=a[avg], recomputed=mean, difference=a[avg] - mean))
-    return pd.DataFrame(rows)
+            rows.append(dict(method=method, average=avg, metric=metric, printed=a[avg], recomputed=mean))
+    return pd.DataFrame(rows).assign(difference=lambda r: r.printed - r.recomputed)
 
 # %% ../../nbs/paper/published.ipynb #e3669b2c
 def averages(rounding=ROUND_HALF_UP, # a constant of `decimal`
@@ -143,6 +153,11 @@ def audit(tolerance=0.01,  # per cent: a difference up to this is taken for roun
     a = averages()
     return a[a.difference.abs() > Decimal(str(tolerance))].reset_index(drop=True)
 
+# %% ../../nbs/paper/published.ipynb #b150894e
+def counts() -> pd.DataFrame: # dataset, category, split ("train"/"test"), label ("normal"/"anomalous"), count (images)
+    "Images in each category of the three data sets."
+    return _read("dataset_counts").astype({"count": int})
+
 # %% ../../nbs/paper/published.ipynb #09b3c37d
 STATED = {("mvtec_ad", "split", "train"): 3629, ("mvtec_ad", "split", "test"): 1725, ("visa", "label", "normal"): 9621,
           ("visa", "label", "anomalous"): 1200, ("btad", "split", "train"): 1799, ("btad", "split", "test"): 1031}
@@ -156,19 +171,23 @@ def count_audit() -> pd.DataFrame: # dataset, part, stated, counted, difference 
     return pd.DataFrame(rows).assign(difference=lambda r: r.stated - r.counted)
 
 # %% ../../nbs/paper/published.ipynb #a023b286
-DEFAULT = dict(generator="CutPaste", layers="3+4", ncl=True, dnp=True, lam=.5, loss="Focal", concat=False, cl_method="SimSiam")
+DEFAULT = dict(generator="CutPaste", layers="3+4", ncl=True, dnp=True, lam=.5, loss="Focal", concat=False,
+               cl_method="SimSiam")
 
 # %% ../../nbs/paper/published.ipynb #781593aa
-def configurations() -> pd.DataFrame: # the factors of `DEFAULT`, image_auroc, pixel_auroc (per cent), tables (tuple of int)
+def configurations() -> pd.DataFrame: # the factors of `DEFAULT`, image_auroc, pixel_auroc (per cent), tables (ints)
     "Tables 4-9 as whole configurations, each one once; a factor that has no part in it is NaN."
     rows = []
     for n in range(4, 10):
         for r in wide(n).reset_index().to_dict("records"):
             r = DEFAULT | dict(generator="Perlin" if n == 5 else "CutPaste") | r | dict(table=n)
-            if not r["dnp"]: r |= dict(generator=None, lam=None, loss=None)
-            if not r["ncl"]: r |= dict(layers=None, concat=None, cl_method=None)
+            if not r["dnp"]:
+                r |= dict(generator=None, lam=None, loss=None)
+            if not r["ncl"]:
+                r |= dict(layers=None, concat=None, cl_method=None)
             rows.append(r)
-    c = pd.DataFrame(rows).groupby([*DEFAULT, "image_auroc", "pixel_auroc"], sort=False, dropna=False)["table"].agg(tuple)
+    by = [*DEFAULT, "image_auroc", "pixel_auroc"]
+    c = pd.DataFrame(rows).groupby(by, sort=False, dropna=False)["table"].agg(tuple)
     return c.rename("tables").reset_index()
 
 # %% ../../nbs/paper/published.ipynb #9b9629a3
@@ -179,32 +198,16 @@ class Remark:
     kind: str   # average, column, count, text, gap, reading, choice or values
     where: str  # column, row or place
     text: str
-    def __str__(self): return f"Table {self.table}, {self.where}: {self.text}."
+    def __str__(self):
+        return f"Table {self.table}, {self.where}: {self.text}."
 
 # %% ../../nbs/paper/published.ipynb #15aae0a1
 class Remarks(list):
     "Remarks that show as a bullet list."
-    def __repr__(self): return "\n".join(map(str, self)) or "No remarks."
-    def _repr_markdown_(self): return "\n".join(f"- **{r.where}** (Table {r.table}): {r.text}." for r in self) or "No remarks."
-
-# %% ../../nbs/paper/published.ipynb #d51dbdab
-_TUNED = "chosen on the test set with CutPaste and carried over to Perlin noise unchecked"
-_NOTES = [
-    (1, "column", "RD4AD", "the rows hold pixel AUROC / pixel AU-PRO; of the column only the total average is image / pixel AUROC"),
-    (1, "column", "CFLOW-AD", "the rows hold pixel AUROC / pixel AU-PRO, not image / pixel AUROC"),
-    (1, "column", "SPADE", "the image values are not SPADE's, whose own paper has a mean image AUROC of 85.5; their source is unknown"),
-    (1, "column", "PatchCore", "the pixel values are those of the PatchCore paper, not a rerun"),
-    (1, "text", "caption", "says 10 texture categories where it means 10 object categories"),
-    (1, "text", "bold marks", "carpet pixel, object image and object pixel mark a value that is not the best"),
-    (2, "gap", "split", "the paper does not name its split of VisA (gap 63)"),
-    (3, "column", "PatchCore", "the values are those that other papers quote, probably not a rerun"),
-    *((n, "choice", what, _TUNED) for n, what in {4: "layers", 6: "λ and loss", 8: "concatenation", 9: "CL method"}.items()),
-    (5, "text", "NCL without DNP", "there is no negative guide without DNP, so this row is plain contrastive learning"),
-    (6, "reading", "rows 1, 2 and 9", "damaged in the text at hand; read as CE 0.1, Focal 0.1 and CE 0.9 by the order of the rows"),
-    (6, "text", "λ", "the text has every λ but 0.5 lower the result; this holds for Focal, not for CE"),
-    (7, "text", "name", "the text calls this table Figure 7"),
-    (7, "gap", "NSA", "no values per category are printed on MVTec AD or VisA"),
-    *((n, "gap", "generator", "not named; taken as CutPaste by the default row") for n in (8, 9))]
+    def __repr__(self):
+        return "\n".join(map(str, self)) or "No remarks."
+    def _repr_markdown_(self):
+        return "\n".join(f"- **{r.where}** (Table {r.table}): {r.text}." for r in self) or "No remarks."
 
 # %% ../../nbs/paper/published.ipynb #db59b463
 def _slips(n): # misprinted averages, wrong counts
@@ -213,25 +216,27 @@ def _slips(n): # misprinted averages, wrong counts
         yield "average", f"{r.method}, {label(r.average)}, {label(r.metric)}", what
     for r in count_audit().query("difference != 0").itertuples():
         if r.dataset in set(table(n).dataset):
-            yield "count", f"{label(r.dataset)} {r.part} images", f"the paper states {r.stated:,}, the data set has {r.counted:,}"
+            what = f"the paper states {r.stated:,}, the data set has {r.counted:,}"
+            yield "count", f"{label(r.dataset)} {r.part} images", what
 
 # %% ../../nbs/paper/published.ipynb #5f6f2753
 def _ablation(n): # what Tables 4-9 say beside one another
     w, zero = wide(n), wide(5).loc[False, False]
     over = (w > zero).sum()
-    yield "values", "frozen features", (f"{over.image_auroc} of {len(w) - (n == 5)} rows are above them (Table 5, row 1) on image AUROC, "
-                                        f"{over.pixel_auroc} on pixel AUROC")
+    yield "values", "frozen features", (f"{over.image_auroc} of {len(w) - (n == 5)} rows are above them (Table 5, row "
+                                        f"1) on image AUROC, {over.pixel_auroc} on pixel AUROC")
     if n == 5:
         d = wide(1).loc["total_avg", "PatchCore"] - zero
-        yield "values", "row 1", f"said to be similar to PatchCore; Table 1 has that {d.image_auroc:+.2f} / {d.pixel_auroc:+.2f} from it"
+        far = f"{d.image_auroc:+.2f} / {d.pixel_auroc:+.2f}"
+        yield "values", "row 1", f"said to be similar to PatchCore; Table 1 has that {far} from it"
     for (i, p), g in configurations().groupby(["image_auroc", "pixel_auroc"]):
         if len(g) > 1 and n in sum(g.tables, ()):
             who = " and ".join(f"{r.generator} with λ {r.lam} (Table {r.tables[0]})" for r in g.itertuples())
             yield "values", f"{i:.2f} / {p:.2f}", f"printed for two configurations, {who}"
 
 # %% ../../nbs/paper/published.ipynb #86bb2787
-def remarks(n: int,   # the paper's table, 1-9
-           ) -> Remarks:
+def remarks(n:int) -> Remarks: # of the paper's table n, 1-9
     "What a reader of Table `n` should know."
-    said = [note[1:] for note in _NOTES if note[0] == one_of(n, range(1, 10), "the table")]
-    return Remarks(Remark(n, *r) for r in [*said, *_slips(n), *(_ablation(n) if n > 3 else ())])
+    said = _read("remarks")
+    said = said[said.table == str(one_of(n, range(1, 10), "the table"))].drop(columns="table")
+    return Remarks(Remark(n, *r) for r in [*said.itertuples(index=False), *_slips(n), *(_ablation(n) if n > 3 else ())])

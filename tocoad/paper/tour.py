@@ -8,8 +8,11 @@ __all__ = ['EDGES', 'perlin_steps', 'visible_draw', 'colours', 'guide', 'origin'
 
 # %% ../../nbs/paper/tour.ipynb #d276b3f3
 from types import SimpleNamespace
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch.nn import functional as nnf
+
 from ..data.errors import BadInput
 from ..data.images import Category, crop, to_float
 from ..method.perlin import Perlin, pick_textures, rotate, turn, turned_noise
@@ -21,8 +24,10 @@ from ..run.stages import unit
 from ..systems.tocoad import _extractor, _fill, _loss, embed, make_generator, make_networks, make_views, maps_of, two_views
 
 # %% ../../nbs/paper/tour.ipynb #85fce1f3
-def _bytes(x): return (x.detach().float().clamp(0, 1)*255).round().byte().cpu().numpy()
-def _half(x): return x.detach().cpu().numpy().astype(np.float16)
+def _bytes(x):
+    return (x.detach().float().clamp(0, 1)*255).round().byte().cpu().numpy()
+def _half(x):
+    return x.detach().cpu().numpy().astype(np.float16)
 
 @torch.no_grad()
 def perlin_steps(
@@ -33,11 +38,13 @@ def perlin_steps(
     "Figure 3: one draw of the Perlin generator, step by step"
     new, size = (lambda: torch.Generator().manual_seed(seed)), I.shape[-2:]
     I_G, y_G = G(I, new())
-    g = new(); I_R, degrees = rotate(I, G.rotate, G.angle, G.fill, g)
+    g = new()
+    I_R, degrees = rotate(I, G.rotate, G.angle, G.fill, g)
     P = torch.stack([turned_noise(1, size, g, G.scales, I.device) for _ in range(G.count)]).amax(0)
     A = pick_textures(G.textures, 1, size, g).to(I.device)
     slight = turn(I, degrees - 90*(degrees/90).round(), G.fill)
-    return {k: v[0] for k, v in dict(I=I, I_slight=slight, I_R=I_R, P=P, M=P > G.threshold, A=A, I_G=I_G, y_G=y_G, degrees=degrees).items()}
+    out = dict(I=I, I_slight=slight, I_R=I_R, P=P, M=P > G.threshold, A=A, I_G=I_G, y_G=y_G, degrees=degrees)
+    return {k: v[0] for k, v in out.items()}
 
 # %% ../../nbs/paper/tour.ipynb #e01ec612
 def visible_draw(
@@ -49,13 +56,16 @@ def visible_draw(
     tries:int=200,
 ) -> tuple: # steps as from `perlin_steps`; dict of seed, share, change, beta, degrees
     "The first Perlin draw that shows well"
+    turned = G.angle/3 if G.rotate in ("both", "slight") else 0
     for s in range(seed, seed + tries):
         x = perlin_steps(I, G, s)
         moved, towards = ((x[k] - x["I_R"])[:, x["y_G"]] for k in ("I_G", "A"))
         area, change = float(x["y_G"].float().mean()), float(moved.abs().sum()/max(moved.numel(), 1))
-        if share[0] <= area <= share[1] and change >= least: break
+        degrees = float(x["degrees"])
+        if share[0] <= area <= share[1] and change >= least and abs(degrees - 90*round(degrees/90)) >= turned:
+            break
     beta = 1 - float((moved*towards).sum()/towards.square().sum().clamp(min=1e-9))
-    return x, dict(seed=s, share=area, change=change, beta=beta, degrees=float(x["degrees"]))
+    return x, dict(seed=s, share=area, change=change, beta=beta, degrees=degrees)
 
 # %% ../../nbs/paper/tour.ipynb #69659a1a
 def colours(
@@ -68,7 +78,8 @@ def colours(
     Y = X @ (V*V.gather(1, V.abs().argmax(1, keepdim=True)).sign()).T
     lo, hi = Y.quantile(.01, dim=0), Y.quantile(.99, dim=0)
     Y = _bytes(.1 + .8*((Y - lo)/(hi - lo).clamp(min=1e-9)).clamp(0, 1))
-    return [y.T.reshape(3, *m.shape[1:]) for y, m in zip(np.split(Y, np.cumsum([m[0].numel() for m in maps])[:-1]), maps)]
+    parts = np.split(Y, np.cumsum([m[0].numel() for m in maps])[:-1])
+    return [y.T.reshape(3, *m.shape[1:]) for y, m in zip(parts, maps, strict=True)]
 
 def guide(
     F, D, # extractor, discriminator
@@ -77,8 +88,10 @@ def guide(
 ) -> dict: # L_neg; y_hat (S, S) in [0, 1]; pull: for each layer (h, w)
     "What D says, and how strongly its loss pulls at each place of F's maps"
     maps = [m.detach().requires_grad_() for m in F(I_G)]
-    logits = D(maps); L = loss(logits, y_G)
-    return dict(L_neg=L.item(), y_hat=logits.softmax(1)[0, 1].detach(), pull=[g.norm(dim=1)[0] for g in torch.autograd.grad(L, maps)])
+    logits = D(maps)
+    L = loss(logits, y_G)
+    pull = [g.norm(dim=1)[0] for g in torch.autograd.grad(L, maps)]
+    return dict(L_neg=L.item(), y_hat=logits.softmax(1)[0, 1].detach(), pull=pull)
 
 # %% ../../nbs/paper/tour.ipynb #2ae1eced
 def origin(
@@ -87,7 +100,8 @@ def origin(
     side:int, # patches along a side
 ) -> dict: # distance; number of the training image; row and column of the patch
     "The nearest stored patch and where it came from"
-    d = (bank - q).norm(dim=1); j = int(d.argmin())
+    d = (bank - q).norm(dim=1)
+    j = int(d.argmin())
     i, place = divmod(int(idx[j]), side*side)
     return dict(distance=float(d[j]), image=i, place=list(divmod(place, side)))
 
@@ -96,7 +110,8 @@ def cloud(
     Q, # patches of one image (P, d)
 ) -> tuple: # (n, 2), (P, 2): coordinates; share of the variance they show
     "Patches in the plane of their two main directions"
-    both = torch.cat([X, Q]).double(); both = both - both.mean(0)
+    both = torch.cat([X, Q]).double()
+    both = both - both.mean(0)
     _, S, V = torch.linalg.svd(both, full_matrices=False)
     flat = both @ (V[:2]*V[:2].gather(1, V[:2].abs().argmax(1, keepdim=True)).sign()).T
     return flat[:len(X)], flat[len(X):], float(S[:2].square().sum()/S.square().sum())
@@ -124,9 +139,11 @@ def histograms(
 # %% ../../nbs/paper/tour.ipynb #80109b8e
 def _shown(data, frozen_scores, c):
     "The anomalous test image with the median score, among those whose crop shows the defect"
-    area = crop(data.test.masks, c.size).flatten(1).sum(1).numpy() if data.test.masks is not None else np.ones(len(data.test))
+    masks = data.test.masks
+    area = np.ones(len(data.test)) if masks is None else crop(masks, c.size).flatten(1).sum(1).numpy()
     found = np.flatnonzero(data.test.labels.numpy() & (area > 0))
-    if not len(found): raise BadInput(f"{data.dataset}/{data.name} has no anomalous test image to show.")
+    if not len(found):
+        raise BadInput(f"{data.dataset}/{data.name} has no anomalous test image to show.")
     return int(sorted(found, key=lambda i: frozen_scores[i].max())[(len(found) - 1)//2])
 
 def _tour_pictures(c, data, device, parts):
@@ -134,11 +151,17 @@ def _tour_pictures(c, data, device, parts):
     G = make_generator(SimpleNamespace(**vars(c) | dict(generator="perlin", clean=0.)), {}, device)
     images = to_float(crop(data.train.images[:6].to(device), c.size))
     steps, draw = visible_draw(images[:1], G, c.seed)
-    steps.pop("degrees"); more, s = [], draw["seed"]
-    for I in images[1:]: x, about = visible_draw(I[None], G, s + 1); more.append(x); s = about["seed"]
+    steps.pop("degrees")
+    more, s = [], draw["seed"]
+    for I in images[1:]:
+        x, about = visible_draw(I[None], G, s + 1)
+        more.append(x)
+        s = about["seed"]
     v1, v2 = two_views(make_views(c, parts), data.train.images[:8].to(device), c.seed)
-    out = {k: _half(v) if k == "P" else v.cpu().numpy() if v.dtype == torch.bool else _bytes(v) for k, v in steps.items()}
-    out |= dict(more=np.stack([_bytes(m["I_G"]) for m in more]), more_y=np.stack([m["y_G"].cpu().numpy() for m in more])) if more else {}
+    plain = lambda k, v: _half(v) if k == "P" else v.cpu().numpy() if v.dtype == torch.bool else _bytes(v)
+    out = {k: plain(k, v) for k, v in steps.items()}
+    for name, k in (("more", "I_G"), ("more_y", "y_G")) if more else ():
+        out[name] = np.stack([plain(k, m[k]) for m in more])
     return steps, draw, out | dict(v1=_bytes(v1[0]), v2=_bytes(v2[0]))
 
 # %% ../../nbs/paper/tour.ipynb #b8e3f5be
@@ -150,37 +173,45 @@ def _tour_memory(c, data, F, store, Q, side, parts, n=24, most=1500):
     k = torch.randperm(len(X), generator=stream(c.seed, "patches shown"))[:most]
     patch = few[k//side**2]*side**2 + k % side**2
     flat, q, shown = cloud(X[k], Q)
-    stored = torch.zeros(len(data.train)*side**2, dtype=torch.int32); stored[idx] = 1
+    stored = torch.zeros(len(data.train)*side**2, dtype=torch.int32)
+    stored[idx] = 1
     stored = stored.view(-1, side, side)
-    return bank, idx, dict(shown=shown), dict(cloud=_half(flat), cloud_kept=torch.isin(patch, idx).numpy(), cloud_query=_half(q), stored=stored.sum(0).numpy(),
+    return bank, idx, dict(shown=shown), dict(
+        cloud=_half(flat), cloud_kept=torch.isin(patch, idx).numpy(), cloud_query=_half(q),
+        stored=stored.sum(0).numpy(),
         stored_in=stored[few[:4]].bool().numpy(), train=crop(data.train.images, c.size)[few[:4]].numpy())
 
 def _tour_query(c, data, bank, idx, Q, s, side):
     "Figure 5: the worst and an ordinary patch of the shown image, with the training patches they are compared with"
     worst, usual = int(s.argmax()), int(np.argsort(s.flatten())[s.size//2])
     pairs = [origin(bank, idx, Q[p], side) | dict(patch=list(divmod(p, side))) for p in (worst, usual)]
-    return dict(worst=pairs[0], usual=pairs[1]), dict(nearest=np.stack([crop(data.train.images[p["image"]], c.size).numpy() for p in pairs]))
+    nearest = [crop(data.train.images[p["image"]], c.size).numpy() for p in pairs]
+    return dict(worst=pairs[0], usual=pairs[1]), dict(nearest=np.stack(nearest))
 
 # %% ../../nbs/paper/tour.ipynb #d961e98b
 def _tour_features(F, tuned, I_G, I_t):
     "Figures 1 and 2: maps of layers 1-4 of the pseudo-anomaly and of the shown image, frozen and tuned, as colours"
-    with torch.no_grad(): maps = [f(x) for f in (F, tuned) for x in (I_G, I_t)]
+    with torch.no_grad():
+        maps = [f(x) for f in (F, tuned) for x in (I_G, I_t)]
     out, names = {}, ("frozen_I_G", "frozen_I_t", "tuned_I_G", "tuned_I_t")
-    for l, layer in enumerate(zip(*maps), 1): out |= {f"{n}_{l}": x for n, x in zip(names, colours(*(m[0] for m in layer)))}
+    for l, layer in enumerate(zip(*maps, strict=True), 1):
+        out |= {f"{n}_{l}": x for n, x in zip(names, colours(*(m[0] for m in layer)), strict=True)}
     return out
 
 def _tour_scores(c, data, frozen_scores, tuned_scores, k):
     "Figures 1 and 5: distances and maps of the shown image, histograms over the test set"
     labels, out, values = data.test.labels.numpy(), {}, {}
-    masks = crop(data.test.masks, c.size) if data.test.masks is not None else torch.zeros(len(labels), c.size, c.size, dtype=torch.bool)
+    masks = torch.zeros(len(labels), c.size, c.size, dtype=torch.bool)
+    masks = masks if data.test.masks is None else crop(data.test.masks, c.size)
     bad = patch_labels(masks, tuned_scores.shape[1:])
     for name, s in dict(frozen=frozen_scores, tuned=tuned_scores).items():
         out[f"{name}_histogram"], values[f"{name}_above"] = histograms(s, labels, bad)
         out[f"{name}_map"] = unit(maps_of(dict(patch_scores=s), c)[1], labels)[k].astype(np.float16)
-    return values, out | dict(I_t=crop(data.test.images, c.size)[k].numpy(), y=masks[k].numpy(), bad=bad[k], distances=tuned_scores[k].astype(np.float16))
+    return values, out | dict(I_t=crop(data.test.images, c.size)[k].numpy(), y=masks[k].numpy(), bad=bad[k],
+                              distances=tuned_scores[k].astype(np.float16))
 
 # %% ../../nbs/paper/tour.ipynb #e183c559
-def tour(c, data, got, parts, device, progress):
+def tour(c, data, got, parts, device, progress): # got: values and tensors of the stages before it
     "What Figures 1 to 5 draw, from the two-stage run and the frozen one"
     (_, D0), (run, F0), (_, M), (_, s), (_, s_frozen) = got
     (F, D), tuned = make_networks(c, device), _extractor(c, F0, device)
@@ -189,23 +220,28 @@ def tour(c, data, got, parts, device, progress):
     steps, draw, arrays = _tour_pictures(c, data, device, parts)
     I_G, y_G, I_t = steps["I_G"][None], steps["y_G"][None], to_float(crop(data.test.images[k:k+1].to(device), c.size))
     for name, f in dict(frozen=F, tuned=tuned).items():
-        said = guide(f, D, I_G, y_G, loss); draw[f"{name}_L_neg"] = said["L_neg"]
-        arrays |= {f"{name}_y_hat": _half(said["y_hat"])} | {f"{name}_pull_{l}": _half(g/g.max().clamp(min=1e-12)) for l, g in enumerate(said["pull"], 1)}
+        said = guide(f, D, I_G, y_G, loss)
+        draw[f"{name}_L_neg"] = said["L_neg"]
+        arrays[f"{name}_y_hat"] = _half(said["y_hat"])
+        arrays |= {f"{name}_pull_{l}": _half(g/g.max().clamp(min=1e-12)) for l, g in enumerate(said["pull"], 1)}
     Q = embed(tuned, data.test.images[k:k+1], c, parts)[0].float().cpu()
     bank, idx, about, stored = _tour_memory(c, data, tuned, M, Q, side, parts)
     found, nearest = _tour_query(c, data, bank, idx, Q, s[k], side)
     values, scored = _tour_scores(c, data, s_frozen, s, k)
-    test = dict(path=data.test.paths[k], defect=data.test.defects[k], train=len(data.train), patches=len(data.train)*side**2, kept=len(idx))
-    return values | about | found | test | dict(draw=draw, pairs=run["pairs"]), arrays | stored | nearest | scored | _tour_features(F, tuned, I_G, I_t)
+    values |= about | found | dict(
+        path=data.test.paths[k], defect=data.test.defects[k], train=len(data.train), patches=len(data.train)*side**2,
+        kept=len(idx), draw=draw, pairs=run["pairs"])
+    return values, arrays | stored | nearest | scored | _tour_features(F, tuned, I_G, I_t)
 
 # %% ../../nbs/paper/tour.ipynb #dbb27c23
 def tour_task(
     cfg:Config, # category, seed; both methods are run
     data:Category,
-    parts:dict={}, # component -> object to use instead
+    parts:dict|None=None, # component -> object to use instead
     device="cpu", # that computes it
 ) -> Task:
     "The task of a tour, after both stages and both memories"
+    parts = parts or {}
     two, frozen = (tasks(cfg.replace(method=m), data, parts, device) for m in ("two_stage", "frozen"))
     c = resolved(cfg.replace(method="two_stage"))
     needs = (*(two[s] for s in ("stage1", "stage2", "memory", "scores")), frozen["scores"])

@@ -126,6 +126,7 @@ def decide(
 def printed(claim:Claim) -> list: # of differences, points
     "The claim's differences in the paper's own numbers, where it prints both rows"
     def said(row, m):
+        "A row's published mean, the frozen F's from Table 5"
         zero = published.cell(5, metric=m, ncl=False, dnp=False)
         if row == "frozen F":
             return zero if claim.sets == "mvtec_ad" else None
@@ -134,6 +135,7 @@ def printed(claim:Claim) -> list: # of differences, points
     both = [(said(a, m), said(b, m)) for a, b in claim.pairs for m in claim.metrics]
     return [a - b for a, b in both if None not in (a, b)]
 
+# %% ../../nbs/paper/verdict.ipynb #85884bcb
 def verdicts(results:dict) -> pd.DataFrame: # results: number of a table -> its `Results`; text, a row a claim
     "Every claim with the paper's own differences, ours, and a verdict"
     page = [(c, measure(c, results[c.table])) for c in claims()]
@@ -149,6 +151,7 @@ def verdicts(results:dict) -> pd.DataFrame: # results: number of a table -> its 
                     "verdict": word})
     return pd.DataFrame(out).set_index(["table", "claim"])
 
+# %% ../../nbs/paper/verdict.ipynb #1c000930
 def points(results:dict) -> dict: # results: as for `verdicts`; metric -> {"": claim -> `Interval` or None}
     "For a forest: the claims that rest on one pair of rows"
     out = {m: {} for m in ("image_auroc", "pixel_auroc")}
