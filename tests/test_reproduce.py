@@ -24,8 +24,6 @@ from tocoad.paper import plan, published, regenerate, report, rows, sheets
 from tocoad.paper.report import Results
 from tocoad.run import compare, config, keys, stages
 from tocoad.systems import tocoad as tocoad_room
-from tocoad.run.keys import STAGES
-from tocoad.run.source import fingerprint, sources
 from tocoad.run.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -61,51 +59,6 @@ def unbroken(tmp_path_factory):
     p.join()
     assert p.exitcode == 0
     return store
-
-
-# what an edit touches
-
-EVERY = set(STAGES)
-SCORED = {"memory", "scores", "metrics", "curve", "difference", "gallery", "tour"}
-
-
-@pytest.mark.parametrize("room,touched", [
-    ("method.perlin", {"stage1", "stage2", "tour"}), ("method.cutpaste", {"stage1", "stage2", "tour"}), ("method.nsa", {"stage1", "stage2", "tour"}),
-    ("method.contrast", {"stage2", "contrastive", "tour"}), ("method.finetune", {"stage2", "contrastive"}), ("method.features", EVERY),
-    ("method.memory", SCORED), ("method.coreset", SCORED), ("data.images", set()), ("files", set()), ("measure.metrics", {"metrics", "difference", "curve"}), ("measure.intervals", {"difference"}),
-    ("paper.published", set()), ("data.errors", set()), ("paper.gaps", set()), ("paper.report", set()), ("cli", set()), ("paper.sheets", set()),
-    ("run.config", set()), ("run.store", set()), ("run.compare", set())])
-def test_an_edit_touches_what_it_can_change(room, touched):
-    now = sources()
-    edited = now | {room: now[room] + "\nEDITED = True\n"}
-    found = {s for s, stage in STAGES.items() if fingerprint(stage.function, edited) != fingerprint(stage.function)}
-    assert found == touched
-
-
-def test_comments_and_docstrings_touch_nothing():
-    now = sources()
-    edited = {r: "# a remark\n" + re.sub(r'^("""|")(?=[A-Za-z])', r"\1Edited. ", t, count=1, flags=re.M) for r, t in now.items()}
-    assert edited["method.pretrain"] != now["method.pretrain"]
-    for stage in STAGES.values():
-        assert fingerprint(stage.function, edited) == fingerprint(stage.function)
-
-
-def test_a_stage_reads_only_what_its_key_names():
-    "Every setting that a stage is given changes its key, and no other does"
-    base = config.config("smoke")
-    other = dict(backbone="resnet18", norm="imagenet", precision="bf16", compile=True, size=64, seed=1, generator="nsa", rotate="none", angle=1.,
-        fill=0, scales=(1, 3), threshold=.4, beta=.5, foreground=True, count=2, clean=.5, label="full", cutpaste="scar", jitter=.2,
-        gradients="mixed", loss="ce", loss1="ce", gamma=1., alpha=.5, contrast="byol", ema=.9, layers=(2, 3), concat=True, pool=2,
-        predictor="mlp", width=64, printed=True, view_of="crop", scale=.5, colour=0., lam=.1, lam_alone=.5, bn1="train", bn2="train",
-        freeze=1, train_d=True, batch=4, epochs1=3, lr1=.1, epochs2=3, lr2=.1, lr_head=None, curve=1, patches="patchcore", dims=8,
-        coreset=.2, project=8, starts=2, scorer="paper", b=3, sigma=1., image_score="map")
-    assert set(config.Config.__dataclass_fields__) - set(other) == {"profile", "dataset", "category", "method", "weights", "textures",
-                                                                     "resize", "shorter", "mask"}
-    for name, stage in STAGES.items():
-        key = lambda cfg: keys.task(name, cfg, "data", "weights").key
-        moved = {k for k, v in other.items() if key(base.replace(**{k: v})) != key(base)}
-        assert moved == {*stage.fields, "precision"} - {"weights", "textures"}
-        assert key(base) != keys.task(name, base, "other data", "weights").key
 
 
 # kill, share, distribute
