@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # %% ../nbs/cli.ipynb #9f35cafb
-PROFILES = ("literal", "paper", "laptop", "smoke") # as in `run.config`, which is not imported before it is needed
+PROFILES = ("literal", "paper", "laptop", "smoke", "lab") # as in `run.config`, imported only where needed
 
 def _run_options(p):
     p.add_argument("--root", type=Path, help="folder that holds the category's folder; without it: the embedded mini data set")
@@ -149,7 +149,8 @@ def settle(
     changes = settings(a.set)
     if (twice := {"profile", "seed", "method"} & set(changes)): raise BadInput(f"--set {twice.pop()}=...: use --profile and --seeds for these; every method is run.")
     if not mini and not a.category: raise BadInput(f"--category is missing: which folder of {a.root} is meant?")
-    names = dict(dataset=a.dataset or ("mini" if mini else "own"), category=a.category or "washer")
+    drawn = ("lab", "grass") if profile == "lab" else ("mini", "washer")
+    names = dict(dataset=a.dataset or (drawn[0] if mini else "own"), category=a.category or drawn[1])
     cfg = config(profile, **(names | changes))
     ask_for_textures(cfg)
     return cfg
@@ -166,7 +167,7 @@ def run(
     from tocoad.data.load import load
     from tocoad.run.store import Store, write_json
     from tocoad.run.config import settings
-    category = load(a.root, a.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
+    category = load(a.root, cfg.dataset if a.root is None else a.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
     whole = category.dataset in UNCROPPED and "size" not in settings(a.set)
     cfg = cfg.replace(dataset=category.dataset, **dict(size=cfg.resize) if whole else {})
     _writable(a.out)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .images import DECODERS, Category, Split, fingerprint, from_cache, read_image, read_mask, to_cache
 from .layouts import LAYOUTS, Found, check_open, recognise, title
-from .mini import MINI, mini_root
+from .mini import MINI, SETS, mini_root
 from ..files import cache_dir, source_hash, state_of
 from .errors import BadInput, printable
 from ..paper.published import counts
@@ -119,7 +119,7 @@ def _category(dataset, category, items, folder, size, tensors, about, said):
 # %% ../../nbs/data/load.ipynb #5ee4af0e
 def load(
     root: Path|str|None = None, # holds the categories' folders; None: the embedded mini data set
-    dataset: str|None = None, # a key of `DATASETS`; None: recognised
+    dataset: str|None = None, # a key of `DATASETS`, or without a root of `SETS`; None: recognised
     category: str|None = None, # one of `categories(root)`; None: the only one
     size: int = 256, # side of the square, pixels
     cache: bool = True, # keep the decoded images in `cache_dir()`
@@ -128,12 +128,13 @@ def load(
 ) -> Category: # train and test in memory
     "One category, decoded, squared and fingerprinted."
     mini, told = root is None, dataset
-    dataset, layout, found = Found("mini", "mvtec", list(MINI)) if mini else recognise(root, dataset)
+    drawn = dataset if dataset in SETS else "mini"
+    dataset, layout, found = Found(drawn, "mvtec", list(MINI)) if mini else recognise(root, dataset)
     if category is None and len(found) == 1:
         category = found[0]
     if category not in found:
         _unknown(root, category, found)
-    root = mini_root() if mini else Path(root).expanduser()
+    root = mini_root(drawn, MINI if drawn == "mini" else [category]) if mini else Path(root).expanduser()
     items, folder = LAYOUTS[layout].read(root, category), root / category if (root / category).is_dir() else root
     key = _key(items, folder, size, shorter, cast)
     file = cache_dir() / f"{dataset}-{category}-{size}-{key}.safetensors"
