@@ -98,7 +98,7 @@ def test_the_page_is_short_and_each_exercise_is_solved(solution):
     check_generator(parts["solution 3"]["generator"], data.train.images[:4].float()/255)
     methods = {"unchanged": {}} | {k: dict(parts=p) for k, p in parts.items()}
     rows = compare(cfg, (0,), methods, data=data, device="cpu", progress=False).rows.set_index("method")[METRICS]
-    assert rows.notna().all(None) and not rows.duplicated().any()
+    assert rows.notna().all(axis=None) and not rows.duplicated().any()
 
 
 @pytest.mark.parametrize("name, given", [
