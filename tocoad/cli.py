@@ -17,7 +17,7 @@ from .command import logger, parser, say, writable, wrong_command
 from .data.errors import BadInput
 
 # %% ../nbs/cli.ipynb #f0cb165c
-Profile = Literal["literal", "paper", "laptop", "smoke"] # those of `run.config`, which is imported when it is needed
+Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.config`, which is imported when it is needed
 
 def settle(root=None, dataset=None, category=None, profile=None, set_=()): # options of `run`
     "The `Config` that the options of `run` describe; BadInput if they do not fit"
@@ -28,7 +28,8 @@ def settle(root=None, dataset=None, category=None, profile=None, set_=()): # opt
         raise BadInput(f"--set {twice.pop()}=...: use --profile and --seeds for these; every method is run.")
     if not mini and not category:
         raise BadInput(f"--category is missing: which folder of {root} is meant?")
-    names = dict(dataset=dataset or ("mini" if mini else "own"), category=category or "washer")
+    drawn, shown = ("lab", "grass") if profile == "lab" else ("mini", "washer")
+    names = dict(dataset=dataset or (drawn if mini else "own"), category=category or shown)
     cfg = config(profile or ("smoke" if mini else "laptop"), **names | changes)
     ask_for_textures(cfg)
     return cfg
@@ -50,7 +51,7 @@ def run(
     from tocoad.run.store import Store
     with wrong_command():
         cfg = settle(root, dataset, category, profile, set_)
-    data = load(root, dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
+    data = load(root, dataset if root else cfg.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)

@@ -18,7 +18,7 @@ from PIL import Image
 from .errors import BadInput, printable
 from .images import DECODERS, Category, Split, cached, fingerprint, read_image, read_mask
 from .layouts import LAYOUTS, Found, recognise
-from .mini import MINI, mini_root
+from .mini import MINI, SETS, mini_root
 from .sets import tally, title
 from ..files import source_hash, state_of
 
@@ -113,19 +113,21 @@ def _split(name, items, folder, size, tensors):
 # %% ../../nbs/data/load.ipynb #5ee4af0e
 def _pick(root, dataset, category):
     "Data set, layout, folder of the categories, and the category"
-    there = Found("mini", "mvtec", list(MINI)) if root is None else recognise(root, dataset)
+    drawn = dataset if dataset in SETS else "mini"
+    there = Found(drawn, "mvtec", list(MINI)) if root is None else recognise(root, dataset)
     if category is None and len(there.categories) == 1:
         category = there.categories[0]
     if category not in there.categories:
-        where = "the mini data set (no root is given)" if root is None else Path(root).expanduser().resolve()
+        where = f"the {drawn} data set (no root is given)" if root is None else Path(root).expanduser().resolve()
         raise BadInput(f"{where} has {f'no category {category!r}' if category else 'several categories'}: "
                        f"give one of {', '.join(there.categories)}")
-    return there.dataset, LAYOUTS[there.layout], mini_root() if root is None else Path(root).expanduser(), category
+    base = Path(root).expanduser() if root else mini_root(drawn, MINI if drawn == "mini" else [category])
+    return there.dataset, LAYOUTS[there.layout], base, category
 
 # %% ../../nbs/data/load.ipynb #5ee4af11
 def load(
     root: Path|str|None = None, # holds the categories' folders; None: the embedded mini data set
-    dataset: str|None = None, # a key of `DATASETS`; None: recognised
+    dataset: str|None = None, # a key of `DATASETS`, without a root one of `SETS`; None: recognised
     category: str|None = None, # one of `categories(root)`; None: the only one
     size: int = 256, # side of the square, pixels
     cache: bool = True, # keep the decoded images in `cache_dir()`

@@ -41,6 +41,7 @@ DATASETS = {
     "magnetic_tile": DataSet("Magnetic tile", ("magnetic_tile", "mvtec"), ("magnetic_tile",)),
     "dtd": DataSet("Describable Textures (DTD)", (), ("dtd",)), # textures, no parts
     "mini": DataSet("the mini data set", None),
+    "lab": DataSet("the lab's drawn set", None),
     "own": DataSet("a data set of your own", None)}
 
 def title(

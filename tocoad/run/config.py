@@ -57,7 +57,9 @@ PROFILES = {
     "paper": Config(),
     "laptop": Config(profile="laptop", **_LITE),
     "smoke": Config(profile="smoke", dataset="mini", category="washer", **_LITE).replace(
-        resize=144, size=128, epochs1=10, epochs2=1, width=256)}
+        resize=144, size=128, epochs1=10, epochs2=1, width=256),
+    "lab": Config(profile="lab", dataset="lab", category="grass", **_LITE).replace(
+        resize=144, size=128, epochs1=10, epochs2=3, batch=8, width=64, lr_head=.5)}
 
 def config(
     profile:str="laptop", # a key of `PROFILES`
