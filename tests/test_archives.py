@@ -14,9 +14,9 @@ import pytest
 
 from tocoad.data import archives
 from tocoad.data.archives import KNOWN, SUMS, Known, fetch, get, lies, list_sets, sets_text, unpack
+from tocoad.data.errors import BadInput
 from tocoad.data.mini import write_mini
 from tocoad.data.verify import verify
-from tocoad.data.errors import BadInput
 
 
 class Handler(SimpleHTTPRequestHandler):

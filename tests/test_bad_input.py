@@ -1,23 +1,48 @@
 """Whatever lies there, the command answers with one sentence and the right status, and leaves folders as they were."""
-import contextlib, csv, ctypes, functools, hashlib, http.server, io, json, os, pickle, resource, shutil, signal, socket, stat, struct, subprocess, sys, tarfile, tempfile
-import threading, time, warnings, zipfile, zlib
+import contextlib
+import csv
+import ctypes
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tocoad import cli
-from tocoad.run import compare
-from tocoad.data import archives, trees as layouts, verify
+from tocoad.data import archives, verify
+from tocoad.data import trees as layouts
+from tocoad.data.errors import BadInput
 from tocoad.data.load import load
 from tocoad.parts import score as scoring
 from tocoad.parts.export import load as load_model
-from tocoad.data.errors import BadInput
+from tocoad.run import compare
 
 SETS = "--set epochs1=1 epochs2=1 width=32 resize=64 size=64"
 RUN = f"run --root {{in}} --category washer --profile smoke --quiet --out {{out}} {SETS}"

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from tocoad.method.arithmetic import PRECISIONS, arithmetic
 
 from tocoad.data.images import crop, textures, to_float
 from tocoad.data.load import load
 from tocoad.measure import metrics
 from tocoad.method import halving, memory
+from tocoad.method.arithmetic import PRECISIONS, arithmetic
 from tocoad.method.coreset import coreset, radius
 from tocoad.method.cutpaste import CutPaste
 from tocoad.method.finetune import finetune, ncl_step, sgd
@@ -22,9 +22,9 @@ from tocoad.method.nsa import NSA
 from tocoad.method.perlin import Perlin
 from tocoad.method.pretrain import check_discriminator, pretrain, train_step
 from tocoad.paper import tour
-from tocoad.run import compare, config, stages
-from tocoad.systems import tocoad as tocoad_room
+from tocoad.run import compare, config
 from tocoad.run import store as store_room
+from tocoad.systems import tocoad as tocoad_room
 
 ON_A_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
 SIZE = 96

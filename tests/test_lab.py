@@ -14,8 +14,8 @@ from tocoad.method.coreset import coreset
 from tocoad.method.perlin import check_generator
 from tocoad.run.compare import compare
 from tocoad.run.config import config
-from tocoad.systems.system import PARTS
 from tocoad.run.store import Store
+from tocoad.systems.system import PARTS
 
 LAB = Path(__file__).parents[1]/"nbs"/"lab"
 PAGE = ["".join(c["source"]) for c in json.loads((LAB/"change_one_thing.ipynb").read_text(encoding="utf-8"))["cells"]]

@@ -10,10 +10,10 @@ from sklearn.neighbors import NearestNeighbors
 from tocoad.data.load import load
 from tocoad.data.mini import write_mini
 from tocoad.method import features
-from tocoad.run import compare, stages
-from tocoad.systems import tocoad as tocoad_room
+from tocoad.run import compare
 from tocoad.run import config as config_room
 from tocoad.run.config import config
+from tocoad.systems import tocoad as tocoad_room
 
 
 @pytest.fixture(scope="session")

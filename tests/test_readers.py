@@ -1,21 +1,23 @@
 "Every published tree, plain and with its traps: what the readers say is what was drawn, whatever lies there nothing but one sentence is raised, and anomalib reads the same."
-import csv, shutil, tempfile
+import csv
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from planned import exact, seen
 from torch.nn.functional import interpolate
 
+from tocoad.data.errors import BadInput
 from tocoad.data.images import binary, open_image, rgb
 from tocoad.data.layouts import DATASETS, LAYOUTS, categories, recognise
 from tocoad.data.load import load
 from tocoad.data.trees import NAMES, plan, write_layout
-
-from planned import exact, seen
-from tocoad.data.errors import BadInput
 
 N = (5, 2, 2)
 NAMED = dict(mvtec="own", folder="own") # the data set that a tree is taken for, where it is not its layout's name

@@ -2,7 +2,6 @@
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,9 +21,9 @@ from tocoad.data.trees import write_layout
 from tocoad.method import perlin
 from tocoad.paper import plan, published, regenerate, report, rows, sheets
 from tocoad.paper.report import Results
-from tocoad.run import compare, config, keys, stages
-from tocoad.systems import tocoad as tocoad_room
+from tocoad.run import compare, config, keys
 from tocoad.run.store import Store
+from tocoad.systems import tocoad as tocoad_room
 
 ROOT = Path(__file__).parents[1]
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=1", "width=32", "batch=8"]

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from fingerprint import state_hash
-from tocoad.method.arithmetic import PRECISIONS, arithmetic
 from torch import nn
 
 from tocoad.data.images import BadInput
 from tocoad.data.load import load
+from tocoad.method.arithmetic import PRECISIONS, arithmetic
 from tocoad.method.discriminator import LOSSES, Discriminator, ce_loss, focal_loss
 from tocoad.method.features import Features, set_bn
 from tocoad.method.guard import Diverged, Guard

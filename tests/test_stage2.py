@@ -4,12 +4,12 @@ import copy
 import pytest
 import torch
 from fingerprint import state_hash
-from tocoad.method.arithmetic import arithmetic
 from torch import nn
 from torch.func import functional_call
 
 from tocoad.data.images import BadInput, to_float
 from tocoad.data.load import load
+from tocoad.method.arithmetic import arithmetic
 from tocoad.method.contrast import BYOL, SimSiam, Views, tensors
 from tocoad.method.discriminator import Discriminator, ce_loss, focal_loss
 from tocoad.method.features import Features, set_bn

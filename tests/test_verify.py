@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tocoad.data.archives import parts
-from tocoad.data.mini import write_mini
-from tocoad.data.verify import verify
-from tocoad.data.trees import write_layout
 from tocoad.data.errors import BadInput
+from tocoad.data.mini import write_mini
+from tocoad.data.trees import write_layout
+from tocoad.data.verify import verify
 
 
 @pytest.fixture(scope="session")

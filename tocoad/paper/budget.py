@@ -57,9 +57,9 @@ SEEDS = 3 # of the rows that decide, before the others begin
 def main(target:str, o) -> tuple: # target: a table, or the panel; o: `plan.Options`; of `rows.Row`
     "The rows of a target that decide: frozen F, the row put forward, C alone, their controls"
     every, panel = o.rows(target), target == "panel" or int(target[-1]) < 4
-    perlin = lambda x: x.changes["method"] == "two_stage" and x.changes["generator"] == "perlin"
+    perlin = lambda x: x.method == "two_stage" and x.changes["generator"] == "perlin"
     first = [x for x in every if (perlin(x) if panel else x.reference)]
-    alone = [x for x in every if x.changes["method"] == "contrastive"] if target in ("table5", "panel") else []
+    alone = [x for x in every if x.method == "contrastive"] if target in ("table5", "panel") else []
     with_controls = [c for x in (*first, *alone) for c in (x, rows_room.control(x)) if c in every]
     return tuple(dict.fromkeys([rows_room.FROZEN, *with_controls]))
 

@@ -34,7 +34,7 @@ PUBLISHED = ("mvtec_ad", "visa", "btad")
 # %% ../../nbs/paper/panel.ipynb #a4b5a3b4
 def controls(r:Results) -> list: # names of rows
     "The rows at rate 0"
-    return [x.name for x in r.plan if x.changes["method"].endswith("control")]
+    return [x.name for x in r.plan if x.method.endswith("control")]
 
 def differences(r:Results, row:str, metric:str) -> dict: # base -> {category: `Interval`}; over several sets their mean
     "What a row is compared with, set by set"

@@ -227,8 +227,8 @@ def gains(r:Results, base:str="frozen F", beyond:str="") -> pd.DataFrame: # beyo
 # %% ../../nbs/paper/report.ipynb #c6165174
 def shown(r:Results) -> list: # of `rows.Row`
     "The rows of an ablation, the frozen F once"
-    printed = any(x.label and x.changes["method"] == "frozen" for x in r.plan)
-    return [x for x in r.plan if x.label or x.changes["method"] != "frozen" or not printed]
+    printed = any(x.label and x.method == "frozen" for x in r.plan)
+    return [x for x in r.plan if x.label or x.method != "frozen" or not printed]
 
 def _setting(r, x, m, at):
     "What a row of Tables 4-9 says in one metric"
@@ -279,7 +279,7 @@ def _paired(seeds):
 # %% ../../nbs/paper/report.ipynb #73f92e08
 def generator(r:Results) -> str: # "" if there are several
     "Where the pseudo-anomalies of all rows come from"
-    by = {x.changes["generator"] for x in r.plan if x.changes["method"] == "two_stage"}
+    by = {x.changes["generator"] for x in r.plan if x.method == "two_stage"}
     return dict(perlin="Perlin noise", cutpaste="CutPaste", nsa="NSA")[by.pop()] if len(by) == 1 else ""
 
 def notes(r:Results) -> list: # of texts
