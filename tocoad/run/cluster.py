@@ -26,6 +26,7 @@ def _failure(t, *args):
     except Exception as e:
         return f"{t.stage}: {reason(e)}"
 
+# %% ../../nbs/run/6_cluster.ipynb #bf835cc8
 def carry_out_all(
     last, # tasks, the last stage of each run
     data:Category,

@@ -45,7 +45,7 @@ def reason(
     ours = isinstance(e, BadInput) or type(e).__name__ == "Diverged"
     return (said if ours else f"{type(e).__name__}: {said}")[:300]
 
-# %% ../../nbs/run/5_compare.ipynb #670a589e
+# %% ../../nbs/run/5_compare.ipynb #127a3baa
 def shown(
     t:Task, # the last stage of a system
     arrays:dict, # that it stored
@@ -94,7 +94,7 @@ def carry_out(
     say(t, r, new)
     return r
 
-# %% ../../nbs/run/5_compare.ipynb #e2ec5f4f
+# %% ../../nbs/run/5_compare.ipynb #e0d1ad26
 def _compute(t, data, store, parts, device, progress):
     "The record of a stage that was not there"
     check_loaded(t.does.function)
@@ -125,7 +125,7 @@ def describe(
     own = lambda x: getattr(x, "__module__", "").startswith("tocoad.") and hasattr(x, "__qualname__")
     return {k: f"{x.__module__}.{x.__qualname__}" if own(x) else source_of(x) for k, x in used.items()}
 
-# %% ../../nbs/run/5_compare.ipynb #eda65cfd
+# %% ../../nbs/run/5_compare.ipynb #049bd5ae
 @lru_cache
 def _file_id(backbone, weights, at):
     "Hash of a file of weights"
@@ -145,7 +145,7 @@ def weights_id(
                        f"{backbone}.")
     return _file_id(backbone, weights, Path(weights).stat().st_mtime_ns)
 
-# %% ../../nbs/run/5_compare.ipynb #78f71d4e
+# %% ../../nbs/run/5_compare.ipynb #c0f77a5f
 def tasks(
     cfg:Shared, # settings of a system
     data:Category,
@@ -175,11 +175,9 @@ def methods_for(
 def _reused(stages):
     "A column of each stage: computed in how many seconds, or reused"
     how = np.where(stages.computed, stages.seconds.map("computed, {:.1f} s".format), "reused")
-    wide = stages.assign(how=how).pivot_table(index=["method", "seed"], columns="stage", values="how",
-                                              aggfunc="first", sort=False)
-    return wide.fillna("")
+    return stages.assign(how=how).pivot_table("how", ["method", "seed"], "stage", "first", sort=False).fillna("")
 
-# %% ../../nbs/run/5_compare.ipynb #a6631fae
+# %% ../../nbs/run/5_compare.ipynb #9e56103d
 @dataclass
 class Comparison:
     "Scores and metrics of several methods on one category, over the same seeds"
@@ -196,16 +194,10 @@ class Comparison:
 
     def summary(self): # method -> metric -> (mean, deviation over seeds)
         "Metrics over seeds"
-        groups = self.rows.groupby("method", sort=False)
-        return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in groups}
+        return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in self.rows.groupby("method", sort=False)}
 
-    def difference(self,
-        method:str, # compared with `base`
-        metric:str, # a metric's name, such as "pixel_auroc"
-        n:int=1000, # bootstrap draws
-        base:str="frozen", # compared with
-    ): # `Interval` in [-1, 1]
-        "Paired difference of a method to another, the frozen baseline unless said otherwise"
+    def difference(self, method:str, metric:str, n:int=1000, base:str="frozen"): # `Interval` in [-1, 1]
+        "Paired difference of a method to `base` in a metric, its interval from `n` bootstrap draws"
         if metric.startswith("image"):
             return paired_bootstrap(self.data.test.labels.numpy(), self.image[base], self.image[method], metric, n=n)
         masks = crop(self.data.test.masks, self.cfg.size).numpy()
@@ -284,7 +276,7 @@ def member(
         return change.replace(seed=cfg.seed), {}, None
     return cfg.replace(**{k: v for k, v in change.items() if k != "parts"}), change.get("parts", {}), None
 
-# %% ../../nbs/run/5_compare.ipynb #ad2bbcfa
+# %% ../../nbs/run/5_compare.ipynb #cf0e35bb
 def _run(cfg, parts, system, data, store, device, progress):
     "One run: scores and maps, metrics, training logs, how each stage came"
     ts, how = tasks(cfg, data, parts, device, system), {}
@@ -297,7 +289,7 @@ def _run(cfg, parts, system, data, store, device, progress):
     trained = {s: store.record(t)["values"] for s, t in ts.items() if s in _LOGGED and store.record(t)}
     return shown(end, store.tensors(end)), r["values"], _training(trained), how
 
-# %% ../../nbs/run/5_compare.ipynb #0934f8b7
+# %% ../../nbs/run/5_compare.ipynb #e1cedfdc
 def compare(
     cfg:Shared, # all settings but method and seed
     seeds:tuple=(0,), # one run of every method each
@@ -339,7 +331,7 @@ def _method(result, m, metrics):
         out["difference"] = {k: {p: _percent(getattr(v, p)) for p in ends} for k, v in intervals.items()}
     return out
 
-# %% ../../nbs/run/5_compare.ipynb #a6520ab6
+# %% ../../nbs/run/5_compare.ipynb #db3d22cf
 def record(
     result:Comparison,
 ) -> dict: # ready for JSON

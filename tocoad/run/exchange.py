@@ -46,7 +46,7 @@ def key_of(
     text = json.dumps(r["made_from"], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../../nbs/run/exchange.ipynb #62c850f4
+# %% ../../nbs/run/exchange.ipynb #e87317dc
 def _image_scores(r, store):
     "The score of each test image, float32, as text; None if the scores are gone"
     try:
@@ -91,7 +91,7 @@ def sheets(
     newest = {_same_table(s): s for s in found}
     return [s for s in newest.values() if targets is None or s["target"] in targets]
 
-# %% ../../nbs/run/exchange.ipynb #96d22bd6
+# %% ../../nbs/run/exchange.ipynb #316d8224
 def _sets(store, records):
     "What the store noted of the images behind some records: fingerprint -> counts and labels"
     wanted = {r["made_from"]["data"] for r in records}
@@ -107,7 +107,7 @@ def _order(r):
     "Where a record stands in the file"
     return r["profile"], r["category"], r["seed"], r["written"], r["key"]
 
-# %% ../../nbs/run/exchange.ipynb #4c8cff99
+# %% ../../nbs/run/exchange.ipynb #c1325740
 def export(
     store:Store,
     path, # file to write
@@ -148,7 +148,7 @@ def _head_and_body(path):
         raise BadInput(f"{path} holds no results: give a file that `tocoad runs export` wrote.")
     return head, body
 
-# %% ../../nbs/run/exchange.ipynb #4431fcb6
+# %% ../../nbs/run/exchange.ipynb #f8ac2886
 def read(
     path, # a file from `export`
 ) -> tuple: # what the first line says, list of records
@@ -205,7 +205,7 @@ def pool(
         tables += head["tables"]
     return records, sets, tables
 
-# %% ../../nbs/run/exchange.ipynb #198a899b
+# %% ../../nbs/run/exchange.ipynb #ecfd3983
 def same_make(
     rs, # records of runs that are to be compared
 ) -> bool:

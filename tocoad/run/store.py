@@ -64,7 +64,7 @@ def _open(root):
     if not os.access(root, os.W_OK):
         raise BadInput(f"Cannot write into the store {root}: change its permissions or give another --store.")
 
-# %% ../../nbs/run/3_store.ipynb #974c00ca
+# %% ../../nbs/run/3_store.ipynb #8d7f26c6
 class Store:
     "Stored stages in a folder"
     def __init__(self,
@@ -75,7 +75,7 @@ class Store:
 
     def path(self,
         t:Task,
-        suffix:str=".json",
+        suffix:str=".json", # of its record; ".safetensors" of its arrays
     ) -> Path: # may not exist
         "The file of a task"
         return self.root/t.stage/f"{t.key}{suffix}"
@@ -111,28 +111,6 @@ def record(self:Store,
     gone = r and tensors and r["bytes"] and not self.path(t, ".safetensors").exists()
     return None if gone else r
 
-# %% ../../nbs/run/3_store.ipynb #9d8a5562
-@patch
-def tensors(self:Store,
-    t:Task,
-) -> dict: # name -> array
-    "The tensors of a stored task"
-    path = self.path(t, ".safetensors")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        self.drop(t)
-        raise BadInput(f"{path} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
-
-@patch
-def load(self:Store,
-    stage:str, # its name
-    key:str,
-) -> dict: # name -> array
-    "The tensors under a key"
-    return load_file(self.root/stage/f"{key}.safetensors")
-
-# %% ../../nbs/run/3_store.ipynb #e299db4d
 def _save(arrays, path):
     "Write arrays in one atomic step: their bytes"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +121,7 @@ def _save(arrays, path):
         raise BadInput(f"Cannot write {path}: {e}; make room or give another --store.") from None
     return path.stat().st_size
 
-# %% ../../nbs/run/3_store.ipynb #7b893f82
+# %% ../../nbs/run/3_store.ipynb #e299db4d
 def _who(c):
     "Whose result a record is"
     return dict(dataset=c.dataset, category=c.category, profile=c.profile, method=c.method, seed=c.seed)
@@ -186,3 +164,24 @@ def records(self:Store) -> list: # of dicts, by time
     "All stored records"
     found = [r for p in self.root.glob("*/*.json") if (r := _read(p)) and "key" in r]
     return sorted(found, key=lambda r: (r["written"], r["key"]))
+
+# %% ../../nbs/run/3_store.ipynb #1231de72
+@patch
+def tensors(self:Store,
+    t:Task,
+) -> dict: # name -> array
+    "The tensors of a stored task"
+    path = self.path(t, ".safetensors")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        self.drop(t)
+        raise BadInput(f"{path} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
+
+@patch
+def load(self:Store,
+    stage:str, # its name
+    key:str,
+) -> dict: # name -> array
+    "The tensors under a key"
+    return load_file(self.root/stage/f"{key}.safetensors")

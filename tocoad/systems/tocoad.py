@@ -53,7 +53,7 @@ def make_generator(
                         beta=(0, c.beta), scales=(c.scales[0], c.scales[1] + 1), threshold=c.threshold)
     return kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__})
 
-# %% ../../nbs/systems/3_tocoad.ipynb #4e15e1bd
+# %% ../../nbs/systems/3_tocoad.ipynb #09009a3b
 def make_views(
     c, # has size, scale, colour
     parts=None, # "views": a module
@@ -105,7 +105,7 @@ def two_views(
     with seeded(seed, "views shown"):
         return [views(to_float(images)) for _ in range(2)]
 
-# %% ../../nbs/systems/3_tocoad.ipynb #816bb45a
+# %% ../../nbs/systems/3_tocoad.ipynb #9c117f3c
 @torch.no_grad()
 def pairs(
     F, C, # extractor, contrastive network
@@ -169,7 +169,7 @@ def _tuned(c, data, parts, device, progress, C, F, lam, **guide):
                        **guide)
     return dict(log=log, layers=layers), _arrays(F) | copies
 
-# %% ../../nbs/systems/3_tocoad.ipynb #a0f256de
+# %% ../../nbs/systems/3_tocoad.ipynb #1dd8acab
 def stage2(c, data, got, parts, device, progress): # log, spread of layers, pairs of views; F's state and copies
     "F tuned by C and by D's guide"
     F, D = make_networks(c, device)
@@ -206,12 +206,12 @@ def embed(
     "Patch features of layers 2 and 3 for all images"
     return halving(lambda x: embed_batch(F, x, c, parts), images, batch)[0]
 
-# %% ../../nbs/systems/3_tocoad.ipynb #7e3f78ec
 def _extractor(c, arrays, device):
     "F, tuned if there are arrays of its state"
     F, _ = make_networks(c)
     return (_fill(F, arrays) if arrays else F).to(device)
 
+# %% ../../nbs/systems/3_tocoad.ipynb #7e3f78ec
 def memory(c, data, got, parts, device, progress): # numbers of patches; bank and indices
     "The coreset of the training patches"
     X = embed(_extractor(c, got[0][1] if got else None, device), data.train.images, c, parts).flatten(0, 1)
@@ -278,7 +278,7 @@ def train(
             log["discriminator_auroc"] = values["discriminator_auroc"]
     return _extractor(c, got[0][1] if got else None, images.device), log
 
-# %% ../../nbs/systems/3_tocoad.ipynb #eb126a18
+# %% ../../nbs/systems/3_tocoad.ipynb #8f42a71b
 def score(
     F, # extractor in eval mode
     data:Category, # train fills the memory, test is scored
