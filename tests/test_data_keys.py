@@ -22,7 +22,7 @@ def moved(room, old, new):
 
 
 @pytest.mark.parametrize("room,old,new", [
-    ("data.layouts", "LAYOUTS = {", 'LAYOUTS = {\n    "flat": Layout(holding("flat"), read_folder, "<category>/flat"),'),
+    ("data.layouts", "LAYOUTS = {", 'LAYOUTS = {"flat": Layout(holding("flat"), read_folder, "<category>/flat"),'),
     ("data.layouts", "name = m.stem.removesuffix", "name = m.name.removesuffix"),
     ("data.mini", "r - 0.56", "r - 0.57"), ("data.mini", "_bevel", "_slope"), ("data.load", "min(32,", "min(16,"),
     ("data.archives", "else 2.5", "else 3.5"), ("data.verify", "w not in (None, n)", "w != n"),

@@ -10,7 +10,7 @@ import difflib
 from typing import get_args, get_type_hints
 
 from ..data.errors import BadInput
-from ..systems.settings import SHARED_CHOICES, Config, Shared
+from ..systems.settings import SHARED_CHOICES, Config
 
 # %% ../../nbs/run/1_config.ipynb #1617cfc4
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
