@@ -75,7 +75,7 @@ def far(x, y): return ((x.cpu().double() - y.cpu().double()).norm()/y.cpu().doub
 
 def parts(device, **changes):
     "Settings of the smoke profile, F, D, G and C on a device"
-    c = config.resolved(config.config("smoke", **changes))
+    c = config.config("smoke", **changes).resolved()
     F, D = tocoad_room.make_networks(c, device)
     return c, F, D, tocoad_room.make_generator(c, device=device), tocoad_room.make_contrast(c, F)
 

@@ -17,6 +17,16 @@ from .source import Stale
 from .store import Store
 
 # %% ../../nbs/run/6_cluster.ipynb #3891b0be
+def _failure(t, *args):
+    "Carry a task out: None, or why it failed"
+    try:
+        carry_out(t, *args)
+    except Stale:
+        raise
+    except Exception as e:
+        return f"{t.stage}: {reason(e)}"
+
+# %% ../../nbs/run/6_cluster.ipynb #bf835cc8
 def carry_out_all(
     last, # tasks, the last stage of each run
     data:Category,
@@ -28,18 +38,12 @@ def carry_out_all(
 ) -> dict: # task -> record, or the reason why there is none
     "Many runs of one category, one after the other"
     out, failed = {}, {} if failed is None else failed
-    def need(t, tensors=False):
-        "`carry_out` with a memory for failures: why there is no record"
+    def need(t, tensors=False): # a task -> why there is no record
+        "`carry_out` with a memory for failures"
         if t.key in failed or store.record(t, tensors):
             return failed.get(t.key)
         why = next(filter(None, (need(n, True) for n in t.needs)), None)
-        try:
-            if not why:
-                carry_out(t, data, store, {}, device, progress, say, tensors)
-        except Stale:
-            raise
-        except Exception as e:
-            why = f"{t.stage}: {reason(e)}"
+        why = why or _failure(t, data, store, {}, device, progress, say, tensors)
         if why:
             failed[t.key] = why
         return why
@@ -60,9 +64,9 @@ def _on_worker(t, where, store, device, *before):
         try:
             if code_of_stage(t.does, t.cfg) != t.about["code"]:
                 raise BadInput("the worker has other source than the client: install the same version on both")
-            device = find_device(device)
-            if device.type != t.about["by"]["device"]:
-                raise BadInput(f"the worker computes on {device.type} where {t.about['by']['device']} was planned: give --device")
+            device, planned = find_device(device), t.about["by"]["device"]
+            if device.type != planned:
+                raise BadInput(f"the worker computes on {device.type} where {planned} was planned: give --device")
             carry_out(t, _category(*where), Store(store), {}, device, tensors=True)
         except Exception as e:
             return f"{t.stage}: {reason(e)}"
@@ -78,7 +82,7 @@ def submit(
 ) -> dict: # key -> (task, future), of all stages that are missing
     "Hand the missing stages of many runs to a cluster"
     futures = {} if futures is None else futures
-    def need(t, tensors):
+    def need(t, tensors): # a task -> its future
         "The future of a task, None if it is stored"
         if t.key not in futures:
             if store.record(t, tensors):

@@ -45,6 +45,7 @@ def reason(
     ours = isinstance(e, BadInput) or type(e).__name__ == "Diverged"
     return (said if ours else f"{type(e).__name__}: {said}")[:300]
 
+# %% ../../nbs/run/5_compare.ipynb #127a3baa
 def shown(
     t:Task, # the last stage of a system
     arrays:dict, # that it stored
@@ -56,8 +57,8 @@ def shown(
     size = t.cfg.size
     if image is None or maps is None or maps.shape != (len(image), size, size):
         found = ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
-        raise BadInput(f"{t.stage} gave {found}: the last stage of a system gives image (N,) and maps (N, {size}, {size}) "
-                       "over the test images as they are cropped.")
+        raise BadInput(f"{t.stage} gave {found}: the last stage of a system gives image (N,) and maps (N, {size}, "
+                       f"{size}) over the test images as they are cropped.")
     return image, maps
 
 def _got(t, store):
@@ -93,6 +94,7 @@ def carry_out(
     say(t, r, new)
     return r
 
+# %% ../../nbs/run/5_compare.ipynb #e0d1ad26
 def _compute(t, data, store, parts, device, progress):
     "The record of a stage that was not there"
     check_loaded(t.does.function)
@@ -104,8 +106,9 @@ def _compute(t, data, store, parts, device, progress):
 
 # %% ../../nbs/run/5_compare.ipynb #4f3fe91d
 _REGISTRIES = dict( # component -> the registry it is taken from, the setting that names it
-    generator=(GENERATORS, "generator"), loss=(LOSSES, "loss"), loss1=(LOSSES, "loss1"), contrast=(CONTRASTS, "contrast"),
-    head=(PREDICTORS, "predictor"), patches=(PATCHES, "patches"), scorer=(SCORERS, "scorer"))
+    generator=(GENERATORS, "generator"), loss=(LOSSES, "loss"), loss1=(LOSSES, "loss1"),
+    contrast=(CONTRASTS, "contrast"), head=(PREDICTORS, "predictor"), patches=(PATCHES, "patches"),
+    scorer=(SCORERS, "scorer"))
 
 def describe(
     cfg:Shared,
@@ -122,6 +125,7 @@ def describe(
     own = lambda x: getattr(x, "__module__", "").startswith("tocoad.") and hasattr(x, "__qualname__")
     return {k: f"{x.__module__}.{x.__qualname__}" if own(x) else source_of(x) for k, x in used.items()}
 
+# %% ../../nbs/run/5_compare.ipynb #049bd5ae
 @lru_cache
 def _file_id(backbone, weights, at):
     "Hash of a file of weights"
@@ -137,9 +141,11 @@ def weights_id(
     if weights in ("random", "imagenet"):
         return weights if weights == "random" else _file_id(backbone, weights, None)
     if not Path(weights).is_file():
-        raise BadInput(f"No weights at {weights}; give 'imagenet', 'random' or the path of a state dict for {backbone}.")
+        raise BadInput(f"No weights at {weights}; give 'imagenet', 'random' or the path of a state dict for "
+                       f"{backbone}.")
     return _file_id(backbone, weights, Path(weights).stat().st_mtime_ns)
 
+# %% ../../nbs/run/5_compare.ipynb #c0f77a5f
 def tasks(
     cfg:Shared, # settings of a system
     data:Category,
@@ -166,6 +172,12 @@ def methods_for(
     return tuple(m for s in systems for m in (ways if s == "tocoad" else (s,)))
 
 # %% ../../nbs/run/5_compare.ipynb #db799d99
+def _reused(stages):
+    "A column of each stage: computed in how many seconds, or reused"
+    how = np.where(stages.computed, stages.seconds.map("computed, {:.1f} s".format), "reused")
+    return stages.assign(how=how).pivot_table("how", ["method", "seed"], "stage", "first", sort=False).fillna("")
+
+# %% ../../nbs/run/5_compare.ipynb #9e56103d
 @dataclass
 class Comparison:
     "Scores and metrics of several methods on one category, over the same seeds"
@@ -182,16 +194,10 @@ class Comparison:
 
     def summary(self): # method -> metric -> (mean, deviation over seeds)
         "Metrics over seeds"
-        groups = self.rows.groupby("method", sort=False)
-        return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in groups}
+        return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in self.rows.groupby("method", sort=False)}
 
-    def difference(self,
-        method:str, # compared with `base`
-        metric:str, # a metric's name, such as "pixel_auroc"
-        n:int=1000, # bootstrap draws
-        base:str="frozen", # compared with
-    ): # `Interval` in [-1, 1]
-        "Paired difference of a method to another, the frozen baseline unless said otherwise"
+    def difference(self, method:str, metric:str, n:int=1000, base:str="frozen"): # `Interval` in [-1, 1]
+        "Paired difference of a method to `base` in a metric, its interval from `n` bootstrap draws"
         if metric.startswith("image"):
             return paired_bootstrap(self.data.test.labels.numpy(), self.image[base], self.image[method], metric, n=n)
         masks = crop(self.data.test.masks, self.cfg.size).numpy()
@@ -199,10 +205,7 @@ class Comparison:
 
     def reused(self): # stages by method: "computed 1.2 s" or "reused"
         "What was computed and what came from the store"
-        how = np.where(self.stages.computed, self.stages.seconds.map("computed, {:.1f} s".format), "reused")
-        long = self.stages.assign(how=how)
-        wide = long.pivot_table(index=["method", "seed"], columns="stage", values="how", aggfunc="first", sort=False)
-        return wide.fillna("")
+        return _reused(self.stages)
 
 # %% ../../nbs/run/5_compare.ipynb #71dda551
 def find_device(
@@ -273,6 +276,20 @@ def member(
         return change.replace(seed=cfg.seed), {}, None
     return cfg.replace(**{k: v for k, v in change.items() if k != "parts"}), change.get("parts", {}), None
 
+# %% ../../nbs/run/5_compare.ipynb #cf0e35bb
+def _run(cfg, parts, system, data, store, device, progress):
+    "One run: scores and maps, metrics, training logs, how each stage came"
+    ts, how = tasks(cfg, data, parts, device, system), {}
+    def say(t, r, new): # a stage, its record, whether it was computed
+        "Note the first time of each stage"
+        how.setdefault(t.stage, (new, r["seconds"]))
+    end = scored(ts)
+    for t in [*([ts["curve"]] if "curve" in ts else []), end, ts["metrics"]]:
+        r = carry_out(t, data, store, parts, device, progress, say, t is end)
+    trained = {s: store.record(t)["values"] for s, t in ts.items() if s in _LOGGED and store.record(t)}
+    return shown(end, store.tensors(end)), r["values"], _training(trained), how
+
+# %% ../../nbs/run/5_compare.ipynb #e1cedfdc
 def compare(
     cfg:Shared, # all settings but method and seed
     seeds:tuple=(0,), # one run of every method each
@@ -295,18 +312,6 @@ def compare(
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device)
 
-def _run(cfg, parts, system, data, store, device, progress):
-    "One run: scores and maps, metrics, training logs, how each stage came"
-    ts, how = tasks(cfg, data, parts, device, system), {}
-    def say(t, r, new):
-        "Note the first time of each stage"
-        how.setdefault(t.stage, (new, r["seconds"]))
-    end = scored(ts)
-    for t in [*([ts["curve"]] if "curve" in ts else []), end, ts["metrics"]]:
-        r = carry_out(t, data, store, parts, device, progress, say, t is end)
-    trained = {s: store.record(t)["values"] for s, t in ts.items() if s in _LOGGED and store.record(t)}
-    return shown(end, store.tensors(end)), r["values"], _training(trained), how
-
 # %% ../../nbs/run/5_compare.ipynb #64a26200
 DIFFERENCES = "image_auroc", "pixel_auroc", "aupro"
 
@@ -322,9 +327,11 @@ def _method(result, m, metrics):
         out["pull"] = dict(mean=_percent(np.mean(pulls)))
     if m != "frozen" and "frozen" in result.image:
         intervals = {k: result.difference(m, k) for k in DIFFERENCES if k in metrics}
-        out["difference"] = {k: {p: _percent(getattr(v, p)) for p in ("mean", "low", "high")} for k, v in intervals.items()}
+        ends = "mean", "low", "high"
+        out["difference"] = {k: {p: _percent(getattr(v, p)) for p in ends} for k, v in intervals.items()}
     return out
 
+# %% ../../nbs/run/5_compare.ipynb #db3d22cf
 def record(
     result:Comparison,
 ) -> dict: # ready for JSON
@@ -332,7 +339,8 @@ def record(
     cfg, data = result.cfg, result.data
     about = dict(fingerprint=data.fingerprint, train=len(data.train), test=data.test.counts(), notes=list(data.notes))
     logs = [dict(method=m, seed=s, **log) for (m, s), log in result.logs.items() if log]
-    rows = [{k: _percent(v) if isinstance(v, float) else v for k, v in r.items()} for r in result.rows.to_dict("records")]
+    shares = lambda row: {k: _percent(v) if isinstance(v, float) else v for k, v in row.items()}
+    rows = [shares(r) for r in result.rows.to_dict("records")]
     return dict(profile=cfg.profile, dataset=data.dataset, category=data.name, seeds=list(result.seeds),
                 hardware=hardware(result.gpu), config=asdict(cfg),
                 methods={m: _method(result, m, metrics) for m, metrics in result.summary().items()}, data=about,

@@ -10,7 +10,7 @@ import difflib
 from typing import get_args, get_type_hints
 
 from ..data.errors import BadInput
-from ..systems.settings import CHOICES, SHARED_CHOICES, Config, Shared, ask_for_textures, resolved
+from ..systems.settings import SHARED_CHOICES, Config
 
 # %% ../../nbs/run/1_config.ipynb #1617cfc4
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -52,8 +52,8 @@ def settings(
 _LITE = dict(backbone="tf_efficientnet_lite0", precision="fp32", textures="embedded", patches="mean", dims=None,
              epochs1=5, lr1=8e-3, epochs2=5)
 PROFILES = {
-    "literal": Config(profile="literal", rotate="both", label="full", view_of="crop", bn2="train", lr2=3e-3, lr_head=None,
-                      project=128, starts=10, scorer="paper"),
+    "literal": Config(profile="literal", rotate="both", label="full", view_of="crop", bn2="train", lr2=3e-3,
+                      lr_head=None, project=128, starts=10, scorer="paper"),
     "paper": Config(),
     "laptop": Config(profile="laptop", **_LITE),
     "smoke": Config(profile="smoke", dataset="mini", category="washer", **_LITE).replace(
@@ -66,5 +66,6 @@ def config(
     **changes, # fields of `Config`
 ) -> Config:
     "A profile's `Config`, with changes"
-    if profile not in PROFILES: raise BadInput(f"There is no profile {profile!r}; choose one of {', '.join(PROFILES)}.")
+    if profile not in PROFILES:
+        raise BadInput(f"There is no profile {profile!r}; choose one of {', '.join(PROFILES)}.")
     return PROFILES[profile].replace(**changes)

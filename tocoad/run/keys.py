@@ -36,12 +36,15 @@ def hardware(
 ) -> dict: # device, cpu, cores, system, python
     "The machine a run was made on"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(device=gpu or "cpu", cpu=_cpu(), cores=cores, system=platform.system(), python=platform.python_version())
+    return dict(device=gpu or "cpu", cpu=_cpu(), cores=cores, system=platform.system(),
+                python=platform.python_version())
 
+# %% ../../nbs/run/2_keys.ipynb #bef5ca4c
 @cache
 def versions() -> dict: # package -> version
     "Versions of the packages that a result depends on"
-    return {name: version_of(name) for name in PACKAGES} | dict(faiss=version_of("faiss-cpu") or version_of("faiss-gpu"))
+    faiss = version_of("faiss-cpu") or version_of("faiss-gpu")
+    return {name: version_of(name) for name in PACKAGES} | dict(faiss=faiss)
 
 def computed_by(
     precision:str, # of `Config`
@@ -53,7 +56,8 @@ def computed_by(
     return dict(device=kind, arithmetic=arithmetic, versions={k: versions()[k] for k in COMPUTING})
 
 # %% ../../nbs/run/2_keys.ipynb #16e361de
-_TOUR = dict.fromkeys((*TOCOAD["stage1"].fields, *TOCOAD["memory"].fields, *TOCOAD["scores"].reads, "view_of", "scale", "colour", "loss"))
+_TOUR = dict.fromkeys((*TOCOAD["stage1"].fields, *TOCOAD["memory"].fields, *TOCOAD["scores"].reads,
+                       "view_of", "scale", "colour", "loss"))
 SHARED = {
     "metrics": Stage("run.stages.metrics", work=.2, judges=True),
     "difference": Stage("run.stages.difference", work=.2, judges=True),
@@ -76,7 +80,8 @@ class Task:
         return hash((self.stage, self.key))
 
     @property
-    def given(self): # its settings
+    def given(self):
+        "The settings that its function is given, as attributes"
         fields = {k: getattr(self.cfg, k) for k in self.does.fields}
         return types.SimpleNamespace(**fields, **self.about["extra"])
 

@@ -45,6 +45,7 @@ def sources(
     paths = [p for p in sorted(Path(folder).rglob("*.py")) if p.name[0] != "_"]
     return {".".join(p.relative_to(folder).with_suffix("").parts): p.read_text(encoding="utf-8") for p in paths}
 
+# %% ../../nbs/run/source.ipynb #d778492b
 @cache
 def _tree(text):
     "The syntax tree of a module without docstrings and the types of parameters"
@@ -81,23 +82,30 @@ def _imports(text, room=""):
         out |= {a.asname or a.name: (".".join(path), a.name) for a in n.names}
     return out
 
+# %% ../../nbs/run/source.ipynb #4538347a
+_PLAINLY = ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom
+
+def _names(node):
+    "The names that a syntax tree mentions"
+    return [x.id for x in ast.walk(node) if isinstance(x, ast.Name)]
+
 @cache
 def _definitions(text):
     "What each top-level name of a module is bound to: name -> statements; under \"\" what is no plain definition"
     out = {}
     for n in _tree(text).body:
         targets = getattr(n, "targets", [getattr(n, "target", None)])
-        names = [n.name] if hasattr(n, "name") else [x.id for t in targets if t for x in ast.walk(t) if isinstance(x, ast.Name)]
+        names = [n.name] if hasattr(n, "name") else [name for t in targets if t for name in _names(t)]
         patched = any("patch" in ast.unparse(d) for d in getattr(n, "decorator_list", ()))
-        loose = patched or not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom))
+        loose = patched or not isinstance(n, _PLAINLY)
         for name in [""] if loose else names:
             out.setdefault(name, []).append(n)
     return out
 
 # %% ../../nbs/run/source.ipynb #8da54eb5
 REGISTRIES = { # tables from a setting's value to a component
-    "systems.tocoad.GENERATORS", "method.contrast.CONTRASTS", "method.contrast.PREDICTORS", "method.discriminator.LOSSES",
-    "method.memory.PATCHES", "method.memory.SCORERS", "method.weights.BACKBONES"}
+    "systems.tocoad.GENERATORS", "method.contrast.CONTRASTS", "method.contrast.PREDICTORS",
+    "method.discriminator.LOSSES", "method.memory.PATCHES", "method.memory.SCORERS", "method.weights.BACKBONES"}
 
 def _entries(statement, chosen):
     "The entries of a dict that some settings name"
@@ -112,6 +120,7 @@ def _statements(room, name, texts, chosen):
         return found
     return [e for n in found for e in _entries(n, chosen)]
 
+# %% ../../nbs/run/source.ipynb #516bd9b0
 def reach(
     function:str, # a top-level name, with its room: "systems.tocoad.stage1"
     texts:dict, # room -> source, as from `sources`
@@ -133,7 +142,7 @@ def reach(
             todo.append(taken[name])
         elif found := _statements(room, name, texts, chosen):
             out[room, name] = found
-            todo += [(room, ""), *((room, x.id) for n in found for x in ast.walk(n) if isinstance(x, ast.Name))]
+            todo += [(room, ""), *((room, x) for n in found for x in _names(n))]
     return out
 
 # %% ../../nbs/run/source.ipynb #ee8ac112
@@ -150,8 +159,8 @@ def fingerprint(
 @cache
 def _fingerprint(function, texts, chosen):
     "The same of what can be remembered"
-    found = reach(function, dict(texts), chosen)
-    parts = [f"{name} " + "\n".join(map(ast.unparse, nodes)) for (room, name), nodes in sorted(found.items(), key=lambda x: x[0])]
+    found = sorted(reach(function, dict(texts), chosen).items(), key=lambda x: x[0])
+    parts = [f"{name} " + "\n".join(map(ast.unparse, nodes)) for (_, name), nodes in found]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 def code_of(
@@ -183,12 +192,31 @@ def check_loaded(
     if now == _LOADED or not isinstance(function, str) or fingerprint(function, now) == fingerprint(function):
         return
     changed = next(r for r in sorted(_LOADED) if now.get(r) != _LOADED[r])
-    raise Stale(f"tocoad/{changed.replace('.', '/')}.py has changed since it was imported: restart the kernel or the command, "
-                "so that results are computed by the code they are stored under.")
+    raise Stale(f"tocoad/{changed.replace('.', '/')}.py has changed since it was imported: restart the kernel or the "
+                "command, so that results are computed by the code they are stored under.")
 
 # %% ../../nbs/run/source.ipynb #84f9a6e8
 _PLAIN = bool, int, float, complex, str, bytes, range, Path, types.NoneType
 
+def _items_of(x, seen):
+    "A collection by what it holds"
+    if isinstance(x, dict):
+        items = [f"{source_of(k, seen)}: {source_of(v, seen)}" for k, v in x.items()]
+    else:
+        items = [source_of(v, seen) for v in x]
+    return f"{type(x).__name__}({', '.join(sorted(items) if isinstance(x, (set, frozenset)) else items)})"
+
+def _bytes_of(x, seen):
+    "Modules and arrays by their content"
+    if hasattr(x, "state_dict"):
+        own = {k: v for k, v in vars(x).items() if not k.startswith("_")}
+        kinds = "".join(_definition_of(type(m), seen) for m in x.modules())
+        state = source_of(dict(x.state_dict()), seen)
+        return f"{_definition_of(type(x), seen)} with {source_of(own, seen)} and {state}{kinds}"
+    a = np.ascontiguousarray(x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x))
+    return f"{a.dtype}{a.shape} {hashlib.sha256(a.tobytes()).hexdigest()[:16]}"
+
+# %% ../../nbs/run/source.ipynb #a3aa340d
 def source_of(
     x, # a component: a function, a class, an object of such a class, or a plain value
     _seen=None,
@@ -205,57 +233,15 @@ def source_of(
         return _bytes_of(x, seen)
     if isinstance(x, (list, tuple, set, frozenset, dict)):
         return _items_of(x, seen)
-    if isinstance(x, partial):
-        return source_of((x.func, x.args, x.keywords), seen)
-    if isinstance(x, types.MethodType):
-        return source_of((x.__func__, x.__self__), seen)
+    if isinstance(x, (partial, types.MethodType)):
+        made_of = (x.func, x.args, x.keywords) if isinstance(x, partial) else (x.__func__, x.__self__)
+        return source_of(made_of, seen)
     if isinstance(x, (types.BuiltinFunctionType, np.ufunc)) or type(x).__module__ == "builtins":
         return f"{getattr(x, '__module__', '')}.{x.__name__}"
     if id(x) in seen:
         return f"again {type(x).__qualname__}"
     seen.add(id(x))
     return f"{source_of(type(x), seen)} with {source_of(vars(x), seen) if hasattr(x, '__dict__') else repr(x)}"
-
-def _items_of(x, seen):
-    "A collection by what it holds"
-    if isinstance(x, dict):
-        items = [f"{source_of(k, seen)}: {source_of(v, seen)}" for k, v in x.items()]
-    else:
-        items = [source_of(v, seen) for v in x]
-    return f"{type(x).__name__}({', '.join(sorted(items) if isinstance(x, (set, frozenset)) else items)})"
-
-# %% ../../nbs/run/source.ipynb #6bc5101b
-def _bytes_of(x, seen):
-    "Modules and arrays by their content"
-    if hasattr(x, "state_dict"):
-        own = {k: v for k, v in vars(x).items() if not k.startswith("_")}
-        kinds = "".join(_definition_of(type(m), seen) for m in x.modules())
-        return f"{_definition_of(type(x), seen)} with {source_of(own, seen)} and {source_of(dict(x.state_dict()), seen)}{kinds}"
-    a = np.ascontiguousarray(x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x))
-    return f"{a.dtype}{a.shape} {hashlib.sha256(a.tobytes()).hexdigest()[:16]}"
-
-def _definition_of(x, seen):
-    "A function or class: a library's by name and version, others by source and by what they mention"
-    name, top = f"{x.__module__}.{x.__qualname__}", x.__module__.split(".")[0]
-    if top == "tocoad":
-        return f"{name} {_plain(_LOADED[x.__module__.removeprefix('tocoad.')])}" if "." in x.__module__ else name
-    if version_of(top) or top in sys.stdlib_module_names - {"__main__"}:
-        return f"{name} {version_of(top)}"
-    if x in seen:
-        return f"again {name}"
-    seen.add(x)
-    own = {} if isinstance(x, types.FunctionType) else vars(x)
-    functions = [x] if not own else [f for v in own.values() for f in [getattr(v, "__func__", v)] if _written(f, x)]
-    text = _text_of(x, functions)
-    if text is None:
-        raise BadInput(f"the source of {name} cannot be read, so its results cannot be stored safely: define it with def or "
-                       "class in a notebook cell or a file.")
-    if x.__name__ == "<lambda>":
-        text += f" {x.__code__.co_code.hex()} {x.__code__.co_consts} {x.__code__.co_names}"
-    bases = [source_of(b, seen) for b in getattr(x, "__bases__", ()) if b is not object]
-    kinds = int, float, str, tuple, list, dict
-    values = [source_of(v, seen) for k, v in own.items() if not k.startswith("__") and isinstance(v, kinds)]
-    return "\n".join([text, *bases, *values, *(m for f in functions for m in _mentions(f, seen))])
 
 # %% ../../nbs/run/source.ipynb #83d8a81f
 def _written(f, x):
@@ -274,6 +260,7 @@ def _text_of(x, functions):
     with suppress(OSError, TypeError, SyntaxError):
         return ast.unparse(_tree(textwrap.dedent(inspect.getsource(x))))
 
+# %% ../../nbs/run/source.ipynb #a25e4028
 def _mentions(f, seen):
     "What a function takes from outside: globals, closure, defaults"
     names, todo = set(), [f.__code__]
@@ -286,3 +273,27 @@ def _mentions(f, seen):
     for n, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
         yield f"{n} = {source_of(cell.cell_contents, seen)}"
     yield source_of((f.__defaults__, f.__kwdefaults__), seen)
+
+# %% ../../nbs/run/source.ipynb #6bc5101b
+def _definition_of(x, seen):
+    "A function or class: a library's by name and version, others by source and by what they mention"
+    name, top = f"{x.__module__}.{x.__qualname__}", x.__module__.split(".")[0]
+    if top == "tocoad":
+        return f"{name} {_plain(_LOADED[x.__module__.removeprefix('tocoad.')])}" if "." in x.__module__ else name
+    if version_of(top) or top in sys.stdlib_module_names - {"__main__"}:
+        return f"{name} {version_of(top)}"
+    if x in seen:
+        return f"again {name}"
+    seen.add(x)
+    own = {} if isinstance(x, types.FunctionType) else vars(x)
+    functions = [x] if not own else [f for v in own.values() for f in [getattr(v, "__func__", v)] if _written(f, x)]
+    text = _text_of(x, functions)
+    if text is None:
+        raise BadInput(f"the source of {name} cannot be read, so its results cannot be stored safely: define it with "
+                       "def or class in a notebook cell or a file.")
+    if x.__name__ == "<lambda>":
+        text += f" {x.__code__.co_code.hex()} {x.__code__.co_consts} {x.__code__.co_names}"
+    bases = [source_of(b, seen) for b in getattr(x, "__bases__", ()) if b is not object]
+    kinds = int, float, str, tuple, list, dict
+    values = [source_of(v, seen) for k, v in own.items() if not k.startswith("__") and isinstance(v, kinds)]
+    return "\n".join([text, *bases, *values, *(m for f in functions for m in _mentions(f, seen))])

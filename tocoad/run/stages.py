@@ -16,11 +16,11 @@ from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..systems.tocoad import judge
 
 # %% ../../nbs/run/4_stages.ipynb #f90ee70e
-def metrics(c, data, got, parts, device, progress):
+def metrics(c, data, got, parts, device, progress): # metric -> value; no arrays
     "All metrics of one run, in [0, 1]"
     return judge(data, got[0][1]["image"], got[0][1]["maps"]), None
 
-def difference(c, data, got, parts, device, progress):
+def difference(c, data, got, parts, device, progress): # mean, low, high of the interval; no arrays
     "Paired difference of two methods: the runs of one for every seed, then those of the other"
     level = "image" if c.metric.startswith("image") else "maps"
     found = [arrays[level] for _, arrays in got]
@@ -57,12 +57,13 @@ def pick(
     return order[:n - bool(spread["good"])] + spread["good"][:1]
 
 # %% ../../nbs/run/4_stages.ipynb #8fb05216
-def gallery(c, data, got, parts, device, progress):
+def gallery(c, data, got, parts, device, progress): # defects and paths; images, masks, maps
     "A few test images with the maps of frozen and tuned F in the unit of good images"
     test, both = data.test, [arrays for _, arrays in got]
     labels, side = test.labels.numpy(), both[0]["maps"].shape[-1]
     k = pick(labels, test.defects, both[0]["image"], c.count)
-    maps = {m: unit(x["maps"], labels)[k].astype(np.float16) for m, x in zip(("frozen", "two_stage"), both, strict=True)}
+    sides = zip(("frozen", "two_stage"), both, strict=True)
+    maps = {m: unit(x["maps"], labels)[k].astype(np.float16) for m, x in sides}
     masks = torch.zeros(len(k), side, side, dtype=torch.bool) if test.masks is None else crop(test.masks, side)[k]
     about = dict(defects=[test.defects[i] for i in k], paths=[test.paths[i] for i in k])
     return about, dict(images=crop(test.images, side)[k].numpy(), masks=masks.numpy(), **maps)

@@ -47,28 +47,37 @@ def default_store() -> Path: # may not exist yet
     return Path(os.environ.get("TOCOAD_STORE") or cache_dir()/"store").expanduser()
 
 # %% ../../nbs/run/3_store.ipynb #0f639d3d
+def _open(root):
+    "Make a folder a store, if it is none; BadInput if it cannot be one"
+    mark = root/"store.json"
+    if not mark.exists():
+        if root.is_dir() and any(p for p in root.iterdir() if not p.name.startswith(".")):
+            raise BadInput(f"{root} holds other files and no store.json: give --store an empty or new folder.")
+        write_json(dict(format=FORMAT, what="stages of tocoad runs; `tocoad runs list` shows them"), mark, "--store")
+    try:
+        found = json.loads(mark.read_text())["format"]
+    except (ValueError, KeyError, OSError):
+        raise BadInput(f"{mark} cannot be read: restore it or give another --store.") from None
+    if found != FORMAT:
+        raise BadInput(f"{root} is a store of format {found}, and this version reads format {FORMAT}: "
+                       "give another --store, or use the tocoad that made it.")
+    if not os.access(root, os.W_OK):
+        raise BadInput(f"Cannot write into the store {root}: change its permissions or give another --store.")
+
+# %% ../../nbs/run/3_store.ipynb #8d7f26c6
 class Store:
     "Stored stages in a folder"
     def __init__(self,
         root=None, # folder; made if needed; None: `default_store()`
     ):
         self.root = default_store() if root is None else Path(root).expanduser()
-        mark = self.root/"store.json"
-        if not mark.exists():
-            if self.root.is_dir() and any(p for p in self.root.iterdir() if not p.name.startswith(".")):
-                raise BadInput(f"{self.root} holds other files and no store.json: give --store an empty or new folder.")
-            write_json(dict(format=FORMAT, what="stages of tocoad runs; `tocoad runs list` shows them"), mark, "--store")
-        try:
-            found = json.loads(mark.read_text())["format"]
-        except (ValueError, KeyError, OSError):
-            raise BadInput(f"{mark} cannot be read: restore it or give another --store.") from None
-        if found != FORMAT:
-            raise BadInput(f"{self.root} is a store of format {found}, and this version reads format {FORMAT}: "
-                           "give another --store, or use the tocoad that made it.")
-        if not os.access(self.root, os.W_OK):
-            raise BadInput(f"Cannot write into the store {self.root}: change its permissions or give another --store.")
+        _open(self.root)
 
-    def path(self, t, suffix=".json"):
+    def path(self,
+        t:Task,
+        suffix:str=".json", # of its record; ".safetensors" of its arrays
+    ) -> Path: # may not exist
+        "The file of a task"
         return self.root/t.stage/f"{t.key}{suffix}"
 
     def __repr__(self):
@@ -102,29 +111,8 @@ def record(self:Store,
     gone = r and tensors and r["bytes"] and not self.path(t, ".safetensors").exists()
     return None if gone else r
 
-@patch
-def tensors(self:Store,
-    t:Task,
-) -> dict: # name -> array
-    "The tensors of a stored task"
-    path = self.path(t, ".safetensors")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        self.drop(t)
-        raise BadInput(f"{path} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
-
-@patch
-def load(self:Store,
-    stage:str, # its name
-    key:str,
-) -> dict: # name -> array
-    "The tensors under a key"
-    return load_file(self.root/stage/f"{key}.safetensors")
-
-# %% ../../nbs/run/3_store.ipynb #e299db4d
 def _save(arrays, path):
-    "Write arrays in one atomic step: bytes"
+    "Write arrays in one atomic step: their bytes"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole(path) as aside:
@@ -132,6 +120,11 @@ def _save(arrays, path):
     except (OSError, SafetensorError) as e:
         raise BadInput(f"Cannot write {path}: {e}; make room or give another --store.") from None
     return path.stat().st_size
+
+# %% ../../nbs/run/3_store.ipynb #e299db4d
+def _who(c):
+    "Whose result a record is"
+    return dict(dataset=c.dataset, category=c.category, profile=c.profile, method=c.method, seed=c.seed)
 
 @patch
 def put(self:Store,
@@ -143,8 +136,8 @@ def put(self:Store,
     "Store the result of a task, tensors first, record last"
     c, size = t.cfg, _save(tensors, self.path(t, ".safetensors")) if tensors else 0
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    who = dict(dataset=c.dataset, category=c.category, profile=c.profile, method=c.method, seed=c.seed, custom=list(t.custom))
-    r = dict(stage=t.stage, key=t.key, **who, config=asdict(c), made_from=t.about, bytes=size, written=now, versions=versions())
+    r = dict(stage=t.stage, key=t.key, **_who(c), custom=list(t.custom), config=asdict(c), made_from=t.about,
+             bytes=size, written=now, versions=versions())
     write_json(r | about | dict(values=values), self.path(t), "--store")
     line = f"{now} {t.stage} {t.key} {c.dataset}/{c.category} seed {c.seed} {about.get('seconds', 0):.2f} s\n"
     with open(self.root/"journal.txt", "a") as f:
@@ -171,3 +164,24 @@ def records(self:Store) -> list: # of dicts, by time
     "All stored records"
     found = [r for p in self.root.glob("*/*.json") if (r := _read(p)) and "key" in r]
     return sorted(found, key=lambda r: (r["written"], r["key"]))
+
+# %% ../../nbs/run/3_store.ipynb #1231de72
+@patch
+def tensors(self:Store,
+    t:Task,
+) -> dict: # name -> array
+    "The tensors of a stored task"
+    path = self.path(t, ".safetensors")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        self.drop(t)
+        raise BadInput(f"{path} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
+
+@patch
+def load(self:Store,
+    stage:str, # its name
+    key:str,
+) -> dict: # name -> array
+    "The tensors under a key"
+    return load_file(self.root/stage/f"{key}.safetensors")

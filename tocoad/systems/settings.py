@@ -77,13 +77,14 @@ _part = "above 0 and at most 1", lambda v: 0 < v <= 1
 _layers = "some of 1, 2, 3, 4", lambda v: v and set(v) <= {1, 2, 3, 4}
 RULES = { # setting of ToCoAD: what it must be, and whether a value is
     "lr1": _rate, "lr2": _rate, "lr_head": _rate, "sigma": _rate, "angle": _rate, "gamma": _rate, "colour": _rate,
-    "jitter": _rate, "lam": _share, "lam_alone": _share, "beta": _share, "clean": _share, "ema": _share, "alpha": _share,
-    "epochs1": _natural, "epochs2": _natural, "count": _natural, "pool": _natural, "width": _natural, "dims": _natural,
-    "project": _natural, "starts": _natural, "coreset": _part, "scale": _part, "layers": _layers, "threshold": _positive,
-    "batch": ("2 or more", lambda v: v >= 2), "b": ("2 or more", lambda v: v >= 2),
-    "fill": ("between 0 and 255", lambda v: 0 <= v <= 255), "curve": ("0 or more", lambda v: v >= 0),
+    "jitter": _rate, "curve": _rate, "lam": _share, "lam_alone": _share, "beta": _share, "clean": _share, "ema": _share,
+    "alpha": _share, "epochs1": _natural, "epochs2": _natural, "count": _natural, "pool": _natural, "width": _natural,
+    "dims": _natural, "project": _natural, "starts": _natural, "coreset": _part, "scale": _part, "layers": _layers,
+    "threshold": _positive, "batch": ("2 or more", lambda v: v >= 2), "b": ("2 or more", lambda v: v >= 2),
+    "fill": ("between 0 and 255", lambda v: 0 <= v <= 255),
     "freeze": ("between 0 and 4", lambda v: 0 <= v <= 4),
-    "scales": ("two numbers such as 0,5, the first not above the second", lambda v: len(v) == 2 and 0 <= v[0] <= v[1] <= 8)}
+    "scales": ("two numbers such as 0,5, the first not above the second",
+               lambda v: len(v) == 2 and 0 <= v[0] <= v[1] <= 8)}
 CHOICES = dict(
     method=("two_stage", "contrastive", "frozen", "control", "contrastive_control"),
     generator=("perlin", "cutpaste", "nsa"), rotate=("category", "both", "slight", "right", "none"),
