@@ -70,7 +70,7 @@ def _trained(out, last, t, row, seed):
     seen = found["curve"]["values"]["curve"] if isinstance(found["curve"], dict) else ()
     return r and became(r["values"]["log"], r["values"].get("layers", ()), seen, r["config"]["printed"])
 
-# %% ../../nbs/paper/sheets.ipynb #352e6d4a
+# %% ../../nbs/paper/sheets.ipynb #485bae87
 def _enter(got, at, kind, names, end, r, what, t, o):
     "Put what came of one task into a sheet"
     if isinstance(r, str):
@@ -135,7 +135,7 @@ def where(
     target, folder = next((t, at[dataset, category]) for t in targets if (dataset, category) in (at := places(t, o)))
     return folder, None if target == "panel" else dataset, category, c.resize, c.shorter, c.mask
 
-# %% ../../nbs/paper/sheets.ipynb #c51f0a3c
+# %% ../../nbs/paper/sheets.ipynb #d7738204
 def unlike(
     data, # `Category`
 ) -> str: # "" if they agree or nothing is published
@@ -152,7 +152,7 @@ def _about(data):
     return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint,
                 notes=list(data.notes), own_split=bool(unlike(data)))
 
-# %% ../../nbs/paper/sheets.ipynb #29c1483c
+# %% ../../nbs/paper/sheets.ipynb #43486e0f
 def _read(targets, o, dataset, category, store):
     "A group's images, and where they lie; the store notes what they are"
     from tocoad.run import compare
@@ -175,7 +175,7 @@ def _ends(targets, o, dataset, category, data, store, kind, stored):
     there = lambda ts: not stored or store.record(ts["metrics"]) and store.record(scored(ts), True)
     return plan.wanted(targets, o, dataset, category, link, make, data.test.masks is not None, tours, there)
 
-# %% ../../nbs/paper/sheets.ipynb #4819a0fd
+# %% ../../nbs/paper/sheets.ipynb #073b92ea
 def _teller(name, bar, log):
     "A function that is told of each stage, and the keys that it was told of"
     seen = set()
@@ -253,7 +253,7 @@ def compute(
     plan.check(targets, o)
     store, found = Store(o.store), {}
     device = compare.find_device(o.device) if workers is None else o.device
-    with tqdm(total=sum(map(len, plan.outline(targets, o).values())), desc="stages", disable=quiet, unit="stage") as bar:
+    with tqdm(None, "stages", sum(map(len, plan.outline(targets, o).values())), disable=quiet, unit="stage") as bar:
         for g, ts in plan.groups(targets, o).items():
             start = time.perf_counter()
             found[g] = _group(ts, o, *g, store, device, workers, log, bar, quiet, stored)
