@@ -1,8 +1,10 @@
-"""link_gaps.py [FOLDER ...]: "gap 26", "gaps 23 to 27", "gaps 1, 18" in markdown cells become links to the list.
+"""Mentions of gaps in markdown cells, such as "gap 26" or "gaps 23 to 27", become links to the row in paper/gaps.ipynb.
 
-FOLDER: nbs folders (default: nbs); the list is paper/gaps.ipynb. A second run changes nothing; a link from a notebook
-that has moved gets its new path. Code spans, fenced blocks, headings, existing links, HTML tags and formulas stay as
-they are; nbs/index.ipynb links as README.md needs it.
+    python link_gaps.py [FOLDER ...]
+
+FOLDER: nbs folders (default: nbs). A second run changes nothing; a link to the list from a notebook that has moved
+gets its new path. Code spans, fenced blocks, headings, existing links, HTML tags and formulas stay as they are;
+nbs/index.ipynb links as README.md needs it.
 """
 import json
 import os
@@ -18,18 +20,22 @@ KEEP = re.compile(r"""(?P<fence>^[ >]*(?P<tick>`{3,}|~{3,})[^\n]*\n.*?(?:^[ >]*(
     | (?P<anchor><a\b.*?</a>) | (?P<tag><[^<>\n]*>)
     | (?P<maths>\$\$.+?\$\$|\$[^$\n]+\$)""", re.M | re.S | re.X)
 NUMBER = r"(?:[1-9]\d?)(?!\d|\.\d|\s*%)"
-AND = r"(?:,\s+and\s+|,\s+or\s+|,\s*|\s+and\s+|\s+or\s+|\s+to\s+|\s*[-–]\s*)"
-MENTION = re.compile(rf"\b(?P<one>[Gg]ap\s+{NUMBER})|\b[Gg]aps\s+(?P<many>{NUMBER}(?:{AND}{NUMBER})*)")
+BETWEEN = r"(?:,\s+and\s+|,\s+or\s+|,\s*|\s+and\s+|\s+or\s+|\s+to\s+|\s*[-–]\s*)"
+MENTION = re.compile(rf"\b(?P<one>[Gg]ap\s+{NUMBER})|\b[Gg]aps\s+(?P<many>{NUMBER}(?:{BETWEEN}{NUMBER})*)")
 
 
-def linked(text, # markdown
-           to,   # path of the list as seen from the notebook; "" in the list itself
-          ):     # the text with links
+def linked(
+    text, # markdown
+    to, # path of the list as seen from the notebook; "" in the list itself
+) -> str:
+    "A text with its mentions as links"
     def link(m):
+        "A number of the list as a link"
         n = int(re.search(r"\d+", m[0])[0])
         return f"[{m[0]}]({to}#gap-{n})" if 1 <= n <= LAST else m[0]
 
     def mention(m):
+        "One gap as a link, or each of several"
         if m["one"]:
             return link(m)
         at = m.start("many") - m.start()
@@ -55,6 +61,7 @@ def path_from(nb, nbs):
 
 
 def main(folders):
+    "Link the gaps in all notebooks of some folders"
     for nbs in map(Path, folders or ["nbs"]):
         for p in sorted(nbs.rglob("*.ipynb")):
             if {".ipynb_checkpoints", "reports", "runs"} & set(p.parts):

@@ -16,6 +16,7 @@ LIGHT = Path(__file__).parents[1]/"nbs"/"bench"/"light"
 
 @pytest.fixture(scope="module")
 def light():
+    "The scripts as modules"
     sys.path.insert(0, str(LIGHT))
     import epochs
     import prepare
@@ -37,6 +38,7 @@ def data(tmp_path_factory, light):
 
 
 def carried_out(script, *words):
+    "A script run as a command"
     command = [sys.executable, LIGHT/f"{script}.py", *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -10,11 +10,12 @@ __all__ = ['FOLDERS', 'MINI', 'PROFILE_OF', 'METRICS', 'TRAINING', 'GFLOP', 'ASS
 # %% ../../nbs/paper/plan.ipynb #7543b794
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..data.errors import BadInput, one_of
 from . import published
@@ -28,8 +29,8 @@ from ..systems.settings import ask_for_textures, shared
 from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/plan.ipynb #9a0370b9
-FOLDERS = dict(mvtec_ad=("mvtec_ad", "mvtec", "MVTec_AD", "mvtec_anomaly_detection"), visa=("visa", "VisA", "VisA_20220922"),
-               btad=("btad", "BTAD", "BTech_Dataset_transformed"))
+FOLDERS = dict(mvtec_ad=("mvtec_ad", "mvtec", "MVTec_AD", "mvtec_anomaly_detection"),
+               visa=("visa", "VisA", "VisA_20220922"), btad=("btad", "BTAD", "BTech_Dataset_transformed"))
 MINI = groups_of("mini")["total_avg"]
 PROFILE_OF = {(p, "btad"): dict(epochs2=150) for p in ("literal", "paper")} # gap 45
 
@@ -41,6 +42,7 @@ def datasets(
         return ()
     return {"table2": ("visa",), "table3": ("btad",), "figure6": ("mvtec_ad", "visa")}.get(target, ("mvtec_ad",))
 
+# %% ../../nbs/paper/plan.ipynb #73a6792e
 def find(
     root, # folder, or None
     dataset:str, # "mvtec_ad", "visa" or "btad"
@@ -57,6 +59,25 @@ def find(
             return folder, there, [c for c in every if c not in there]
     return None, [], list(every)
 
+# %% ../../nbs/paper/plan.ipynb #a63ebbae
+def _checked(o):
+    "BadInput if options do not fit"
+    config(o.profile, **settings(o.settings))
+    if o.root is not None and not o.place.is_dir():
+        raise BadInput(f"there is no folder {o.root}: give as --root the folder that holds mvtec_ad, visa or btad.")
+    for c in o.categories or ():
+        one_of(c, MINI if o.root is None else sum(CATEGORIES.values(), ()), "a category")
+    for f in o.folders:
+        if not Path(f).expanduser().is_dir():
+            raise BadInput(f"--folders {f}: there is no such folder; name a category's, as data/mvtec_ad/bottle.")
+    names = [(f.parent.name, f.name) for f in o.panel]
+    if (twice := {n for n in names if names.count(n) > 1}):
+        raise BadInput(f"--folders: two are called {'/'.join(twice.pop())}: rename the folder that holds one of them.")
+    if not o.seeds:
+        raise BadInput("--seeds names no seed: give at least one number.")
+    if (own := {s.split("=")[0].strip() for s in o.settings} & {"profile", "dataset", "category", "seed", "method"}):
+        raise BadInput(f"--set {own.pop()}=...: fixed by the tables; use --profile, --root, --categories and --seeds.")
+
 # %% ../../nbs/paper/plan.ipynb #7e565aa5
 @dataclass(frozen=True)
 class Options:
@@ -71,48 +92,34 @@ class Options:
     folders: tuple = () # of the panel: each a category
 
     def __post_init__(self):
+        "`BadInput` before anything is computed"
         _checked(self)
 
-    def config(self, dataset, category, seed, row):
+    def config(self, dataset:str, category:str, seed:int, row): # a group, a seed, a `Row`
         "The settings of one cell"
         base = config(self.profile, dataset=dataset, category=category, seed=seed)
         base = base.replace(**PROFILE_OF.get((self.profile, dataset), {}) | row.changes | settings(self.settings))
         return SYSTEMS[row.system].settings(**shared(base)) if row.system else base
 
-    @property
-    def bn2(self):
-        return settings(self.settings).get("bn2", config(self.profile).bn2)
-
     def rows(self, target):
         "The runs that a table needs with these settings"
         return rows(target, self.bn2)
 
-    @property
-    def panel(self):
-        return tuple(Path(f).expanduser().resolve() for f in self.folders)
+# %% ../../nbs/paper/plan.ipynb #28b7e963
+@patch(as_prop=True)
+def bn2(self:Options):
+    "Batch norm in stage II"
+    return settings(self.settings).get("bn2", config(self.profile).bn2)
 
-    @property
-    def place(self):
-        return None if self.root is None else Path(self.root).expanduser()
+@patch(as_prop=True)
+def panel(self:Options):
+    "The folders of the panel, whole paths"
+    return tuple(Path(f).expanduser().resolve() for f in self.folders)
 
-# %% ../../nbs/paper/plan.ipynb #a63ebbae
-def _checked(o):
-    "BadInput if options do not fit"
-    config(o.profile, **settings(o.settings))
-    if o.root is not None and not o.place.is_dir():
-        raise BadInput(f"there is no folder {o.root}: give as --root the folder that holds mvtec_ad, visa or btad.")
-    for c in o.categories or ():
-        one_of(c, MINI if o.root is None else sum(CATEGORIES.values(), ()), "a category")
-    for f in o.folders:
-        if not Path(f).expanduser().is_dir():
-            raise BadInput(f"--folders {f}: there is no such folder; name folders of categories, such as data/mvtec_ad/bottle.")
-    names = [(f.parent.name, f.name) for f in o.panel]
-    if (twice := {n for n in names if names.count(n) > 1}):
-        raise BadInput(f"--folders: two are called {'/'.join(twice.pop())}: rename the folder that holds one of them.")
-    if not o.seeds:
-        raise BadInput("--seeds names no seed: give at least one number.")
-    if (own := {s.split("=")[0].strip() for s in o.settings} & {"profile", "dataset", "category", "seed", "method"}):
-        raise BadInput(f"--set {own.pop()}=...: it is fixed by the tables; use --profile, --root, --categories and --seeds.")
+@patch(as_prop=True)
+def place(self:Options):
+    "The folder of the data sets; None: the embedded mini set"
+    return None if self.root is None else Path(self.root).expanduser()
 
 # %% ../../nbs/paper/plan.ipynb #8c5c3a0c
 def _words(x):
@@ -120,13 +127,15 @@ def _words(x):
     return tuple(x.replace(",", " ").split()) if isinstance(x, str) else tuple(np.atleast_1d(x).tolist())
 
 def options(
-    profile:str="smoke", root=None, seeds=(0,), categories=None, settings=(), store=None, device=None, folders=(), # see `Options`
+    profile:str="smoke", root=None, seeds=(0,), categories=None, # see `Options`
+    settings=(), store=None, device=None, folders=(),
     **_, # other parameters of a notebook
 ) -> Options:
     "`Options` from a notebook's parameters"
     root, store = (None if x is None else str(x) for x in (root, store))
     categories = _words(categories) if categories else None
-    return Options(profile, root, tuple(map(int, _words(seeds))), categories, _words(settings), store, device, tuple(map(str, folders)))
+    seeds, folders = tuple(map(int, _words(seeds))), tuple(map(str, folders))
+    return Options(profile, root, seeds, categories, _words(settings), store, device, folders)
 
 # %% ../../nbs/paper/plan.ipynb #8e9a46be
 def check(
@@ -135,12 +144,13 @@ def check(
 ):
     "BadInput if the settings contradict a row, or leave something to be said"
     if "panel" in targets and not o.folders:
-        raise BadInput("the panel runs on folders of your choice: name them with --folders, each the folder of a category.")
-    for t, row in ((t, row) for t in targets for row in o.rows(t)):
+        raise BadInput("the panel runs on folders of your choice: name them with --folders, each a category's folder.")
+    for target, row in ((t, row) for t in targets for row in o.rows(t)):
         if (key := next((k for k in settings(o.settings) if k in row.fixes), None)):
-            raise BadInput(f"--set {key}=...: {t} has a row {row.name!r}, which fixes {key}: leave it out, or try it with `tocoad run`.")
+            raise BadInput(f"--set {key}=...: {target} has a row {row.name!r}, which fixes {key}: leave it out, "
+                           "or try it with `tocoad run`.")
         if row.method in ("two_stage", "control"):
-            ask_for_textures(o.config(*(datasets(t) or ("mvtec_ad",))[:1], "bottle", 0, row))
+            ask_for_textures(o.config(*(datasets(target) or ("mvtec_ad",))[:1], "bottle", 0, row))
 
 # %% ../../nbs/paper/plan.ipynb #8283e55a
 METRICS, TRAINING = ("image_auroc", "pixel_auroc"), ("curve", "stage2", "contrastive")
@@ -166,8 +176,8 @@ def groups(
 ) -> dict: # (data set, category) -> targets that need it
     "The categories to run, and what for"
     out = {}
-    for t, g in ((t, g) for t in targets for g in places(t, o)):
-        out.setdefault(g, []).append(t)
+    for target, g in ((t, g) for t in targets for g in places(t, o)):
+        out.setdefault(g, []).append(target)
     return out
 
 # %% ../../nbs/paper/plan.ipynb #efe561c4
@@ -191,40 +201,12 @@ def against(
     to_control = [(r, c) for r in every if r.method in ("two_stage", "contrastive") and (c := control(r)) in every]
     return list(dict.fromkeys([*to_frozen, *to_reference, *_text_pairs(target, every), *to_control]))
 
-# %% ../../nbs/paper/plan.ipynb #42a3576c
+# %% ../../nbs/paper/plan.ipynb #b495c667
 def metrics_of(
     target:str, # a table
 ) -> tuple:
     "The metrics that its differences are taken in"
     return (*METRICS, "aupro") if target == "panel" else METRICS
-
-def wanted(
-    targets, # that need the group
-    o:Options, dataset:str, category:str, # the group
-    link, # function: settings -> chain of tasks
-    make, # function: (stage, cfg, needs, **extra) -> `Task`
-    masks:bool=True, # whether pixel metrics exist
-    tour=None, # function: `Config` -> `Task`
-    there=lambda ts: True, # function: chain of tasks -> whether to take that run
-) -> dict: # ("metrics" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
-    "All tasks that targets want of a group, by what they are for"
-    last, known = {}, {}
-    cfg = lambda row, seed: o.config(dataset, category, seed, row)
-    def run(row, seed):
-        "The chain of a row and seed"
-        c = cfg(row, seed)
-        if c not in known:
-            known[c] = link(c)
-        return known[c]
-    for t in targets:
-        if t in TOURS:
-            last["tour", t] = tour(cfg(rows(t)[1], o.seeds[0]))
-        elif t in GALLERIES:
-            both = tuple(scored(run(r, o.seeds[0])) for r in rows(t))
-            last["gallery", t] = make("gallery", cfg(rows(t)[1], o.seeds[0]), both, count=GALLERIES[t])
-        else:
-            last |= _of_table(t, o, run, make, cfg, masks, there)
-    return last
 
 def _of_table(t, o, run, make, cfg, masks, there):
     "The tasks that a table wants of a group"
@@ -238,7 +220,32 @@ def _of_table(t, o, run, make, cfg, masks, there):
         sides = tuple(scored(runs[r, s]) for r in (b, a) for s in seeds)
         for m in metrics_of(t) if sides else ():
             if masks or m.startswith("image"):
-                last["difference", t, a.name, b.name, m] = make("difference", cfg(a, o.seeds[0]), sides, metric=m, draws=1000)
+                end = make("difference", cfg(a, o.seeds[0]), sides, metric=m, draws=1000)
+                last["difference", t, a.name, b.name, m] = end
+    return last
+
+# %% ../../nbs/paper/plan.ipynb #42a3576c
+def wanted(
+    targets, # that need the group
+    o:Options, dataset:str, category:str, # the group
+    link, # function: settings -> chain of tasks
+    make, # function: (stage, cfg, needs, **extra) -> `Task`
+    masks:bool=True, # whether pixel metrics exist
+    tour=None, # function: `Config` -> `Task`
+    there=lambda ts: True, # function: chain of tasks -> whether to take that run
+) -> dict: # ("metrics" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
+    "All tasks that targets want of a group, by what they are for"
+    last, link = {}, cache(link)
+    cfg = lambda row, seed: o.config(dataset, category, seed, row)
+    run = lambda row, seed: link(cfg(row, seed))
+    for t in targets:
+        if t in TOURS:
+            last["tour", t] = tour(cfg(rows(t)[1], o.seeds[0]))
+        elif t in GALLERIES:
+            both = tuple(scored(run(r, o.seeds[0])) for r in rows(t))
+            last["gallery", t] = make("gallery", cfg(rows(t)[1], o.seeds[0]), both, count=GALLERIES[t])
+        else:
+            last |= _of_table(t, o, run, make, cfg, masks, there)
     return last
 
 # %% ../../nbs/paper/plan.ipynb #e0a978a8
@@ -247,16 +254,11 @@ def stages_of(
 ) -> list: # all tasks they need, each once, in order
     "The distinct stages behind some tasks"
     seen = {}
-    def add(t):
-        "Those before it first"
-        if t.key not in seen:
-            for n in t.needs:
-                add(n)
-            seen[t.key] = t
     for t in last:
-        add(t)
+        seen |= {n.key: n for n in (*stages_of(t.needs), t) if n.key not in seen}
     return list(seen.values())
 
+# %% ../../nbs/paper/plan.ipynb #84a3858c
 def outline(
     targets, # of `TARGETS`
     o:Options,
@@ -282,10 +284,13 @@ def _make(data, device, stage, cfg, needs, **extra):
     return task(stage, cfg.resolved(), data, None, needs, device=device, **extra)
 
 # %% ../../nbs/paper/plan.ipynb #55eb0b47
-GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50_2=22.9) # one forward pass of one image at 224
+GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50_2=22.9) # forward, one image at 224
 ASSUMED = dict(cpu=60., cuda=60e3) # GFLOP/s
 
-def images_in(dataset, category, folder=None):
+def images_in(
+    dataset:str, category:str, # a group
+    folder=None, # that holds the category's
+) -> int:
     "Training images of a category: published, or counted where nothing is"
     if dataset == "mini":
         return 32
@@ -300,6 +305,7 @@ def _work(does, c, n):
     epochs = getattr(c, many) if many else 1
     return n*does.work*(epochs//(getattr(c, few) or 1) if few else epochs)
 
+# %% ../../nbs/paper/plan.ipynb #c9133d38
 def _rate_of(stage, c, kind):
     "What a measured rate holds for"
     return stage, c.backbone, computed_by(getattr(c, "precision", "fp32"), kind)["arithmetic"], c.size, kind
@@ -307,7 +313,7 @@ def _rate_of(stage, c, kind):
 def estimate(
     tasks, # to be computed
     n:int, # training images of their category
-    rates=None, # (stage, backbone, precision, size, kind of device) -> seconds per unit of work, from `rates_in` or `rates_from`
+    rates=None, # from `rates_in` or `rates_from`
     device:str="cpu", # kind
 ) -> float: # seconds
     "How long some stages will take"
@@ -335,4 +341,4 @@ def rates_from(
     try:
         return {tuple(k): v for *k, v in json.loads(Path(path).read_text(encoding="utf-8"))["rates"]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{path} holds no rates: measure them with `tocoad bench gpu`, which writes bench/bench.json.") from None
+        raise BadInput(f"{path} holds no rates: measure them with `tocoad bench gpu`, which writes them.") from None

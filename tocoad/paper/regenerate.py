@@ -12,6 +12,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,20 +22,8 @@ from tqdm.auto import tqdm
 
 from ..data.errors import BadInput, one_of
 from ..files import whole
-from tocoad.paper.plan import (
-    Options,
-    _kind,
-    _make,
-    _rate_of,
-    datasets,
-    estimate,
-    groups,
-    images_in,
-    outline,
-    places,
-    rates_in,
-    wanted,
-)
+from . import plan
+from .plan import Options, _kind, _make, _rate_of, datasets, estimate, images_in, places, rates_in
 from .report import Results
 from .rows import FROZEN, GALLERIES, TABLES, TARGETS, TOURS
 from .sheets import _note, _whole, compute, sheet_path
@@ -59,6 +48,18 @@ def expand(
         one_of(w, [*TARGETS, *many], "a table or figure")
     return list(dict.fromkeys(t for w in words for t in many.get(w, (w,))))
 
+# %% ../../nbs/paper/regenerate.ipynb #66baabb3
+def _sheets(targets, o, workers, keep, log, quiet, stored=False):
+    "The sheets behind some targets, from the store or computed"
+    store, made = Store(o.store), {}
+    for t in needed(targets):
+        path = sheet_path(t, o, store)
+        s = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if s and not s["failed"] and not s["left"] and _whole(s, store):
+            made[t] = s
+    missing = [t for t in needed(targets) if t not in made]
+    return made | (compute(missing, o, workers, keep, log, quiet, stored) if missing else {})
+
 # %% ../../nbs/paper/regenerate.ipynb #41138535
 def regenerate(
     targets, # of `TARGETS`
@@ -81,17 +82,25 @@ def regenerate(
     write_index(out, bad)
     return failed
 
-# %% ../../nbs/paper/regenerate.ipynb #66baabb3
-def _sheets(targets, o, workers, keep, log, quiet, stored=False):
-    "The sheets behind some targets, from the store or computed"
-    store, made = Store(o.store), {}
-    for t in needed(targets):
-        path = sheet_path(t, o, store)
-        s = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if s and not s["failed"] and not s["left"] and _whole(s, store):
-            made[t] = s
-    missing = [t for t in needed(targets) if t not in made]
-    return made | (compute(missing, o, workers, keep, log, quiet, stored) if missing else {})
+# %% ../../nbs/paper/regenerate.ipynb #fb56665f
+def _missing(targets, o, d, c, known, store):
+    "Tasks of a group that would be computed"
+    from tocoad.run import compare
+    kind, data = _kind(o.device), known["fingerprint"]
+    def link(cfg):
+        "A chain without its images"
+        return chain(cfg, data, compare.weights_id(cfg.backbone, cfg.weights), compare.describe(cfg.resolved()), kind)
+    mine = [t for t in targets if t not in TOURS and (d, c) in places(t, o)]
+    out = {}
+    def need(t, tensors=False): # a task; whether its arrays are read
+        "Add a task and those before it, as `carry_out` would"
+        if t.key not in out and not store.record(t, tensors):
+            for before in t.needs:
+                need(before, True)
+            out[t.key] = t
+    for t in plan.wanted(mine, o, d, c, link, partial(_make, data, kind), known["masks"]).values():
+        need(t)
+    return list(out.values())
 
 # %% ../../nbs/paper/regenerate.ipynb #3a300129
 def forecast(
@@ -103,7 +112,7 @@ def forecast(
     "What a reproduction would compute"
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
     rates, kind, out = (rates_in(store) if store else {}) | (rates or {}), _kind(o.device), []
-    for (d, c), ts in outline(targets, o, everywhere).items():
+    for (d, c), ts in plan.outline(targets, o, everywhere).items():
         folder = next((p[d, c] for t in targets if (d, c) in (p := places(t, o))), None)
         note = store and not everywhere and _note(store, folder, o.config(d, c, 0, FROZEN))
         known = json.loads(note.read_text()) if note and note.exists() else None
@@ -113,27 +122,8 @@ def forecast(
         out.append(dict(dataset=d, category=c, runs=sum(t.stage == "metrics" for t in ts), stages=len(ts),
                         stored=len(ts) - len(missing), compute=len(missing),
                         hours=estimate(missing, n, rates, kind)/3600, measured=measured))
-    return pd.DataFrame(out, columns=["dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"])
-
-# %% ../../nbs/paper/regenerate.ipynb #fb56665f
-def _missing(targets, o, d, c, known, store):
-    "Tasks of a group that would be computed"
-    from tocoad.run import compare
-    kind, data = _kind(o.device), known["fingerprint"]
-    def link(cfg):
-        "A chain without its images"
-        return chain(cfg, data, compare.weights_id(cfg.backbone, cfg.weights), compare.describe(cfg.resolved()), kind)
-    mine = [t for t in targets if t not in TOURS and (d, c) in groups([t], o)]
-    out = {}
-    def need(t, tensors=False):
-        "Add a task and those before it, as `carry_out` would"
-        if t.key not in out and not store.record(t, tensors):
-            for n in t.needs:
-                need(n, True)
-            out[t.key] = t
-    for t in wanted(mine, o, d, c, link, partial(_make, data, kind), known["masks"]).values():
-        need(t)
-    return list(out.values())
+    columns = "dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"
+    return pd.DataFrame(out, columns=columns)
 
 # %% ../../nbs/paper/regenerate.ipynb #6a46e09a
 PARAMETERS = "profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders"
@@ -144,10 +134,11 @@ def notebook_of(
     "The notebook that draws a table or figure"
     path = PACKAGE.parent/"nbs"/"paper"/("figures" if target.startswith("figure") else "tables")/f"{target}.ipynb"
     if not path.exists():
-        raise BadInput(f"{path.name} is not beside this installation: clone the repository, install it with `pip install -e .`, "
-                       "and run tocoad from there.")
+        raise BadInput(f"{path.name} is not beside this installation: clone the repository, "
+                       "install it with `pip install -e .`, and run tocoad from there.")
     return path
 
+# %% ../../nbs/paper/regenerate.ipynb #f083d668
 def run_notebook(
     target:str, # of `TARGETS`
     out:Path, # folder; the executed notebook goes to its `notebooks`
@@ -172,6 +163,29 @@ def run_notebook(
             why = f"{source.name} could not be run: {type(e).__name__}: {str(e).partition(chr(10))[0]}"
     return why
 
+# %% ../../nbs/paper/regenerate.ipynb #15cb15dd
+def _given(o, out, beside):
+    "The parameters that every notebook takes"
+    return dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()),
+                store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
+                categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings))
+
+@contextmanager
+def _read_only():
+    "What failed a moment ago is not tried again"
+    before = os.environ.get("TOCOAD_READ_ONLY")
+    os.environ["TOCOAD_READ_ONLY"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("TOCOAD_READ_ONLY")
+
+def _parameters(target):
+    "The parameters of a notebook, with their values"
+    import papermill
+    return papermill.inspect_notebook(str(notebook_of(target)))
+
 # %% ../../nbs/paper/regenerate.ipynb #75573643
 def run_notebooks(
     targets, # of `TARGETS`
@@ -192,26 +206,23 @@ def run_notebooks(
         why = run_notebook(t, out, mine | {k: v for k, v in (extra or {}).items() if k in _parameters(t)})
         log(f"{t}: {why or 'drawn'} ({time.perf_counter() - start:.1f} s)")
         return why
-    before = os.environ.get("TOCOAD_READ_ONLY")
-    os.environ["TOCOAD_READ_ONLY"] = "1"
-    try:
-        with ThreadPoolExecutor(min(len(targets), max(2, os.cpu_count()), 8)) as pool:
-            failed = list(tqdm(pool.map(one, targets), "notebooks", len(targets), disable=quiet))
-    finally:
-        if before is None:
-            os.environ.pop("TOCOAD_READ_ONLY")
+    with _read_only(), ThreadPoolExecutor(min(len(targets), max(2, os.cpu_count()), 8)) as pool:
+        failed = list(tqdm(pool.map(one, targets), "notebooks", len(targets), disable=quiet))
     return {t: why for t, why in zip(targets, failed, strict=True) if why}
 
-def _given(o, out, beside):
-    "The parameters that every notebook takes"
-    return dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()),
-                store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
-                categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings))
-
-def _parameters(target):
-    "The parameters of a notebook, with their values"
-    import papermill
-    return papermill.inspect_notebook(str(notebook_of(target)))
+# %% ../../nbs/paper/regenerate.ipynb #d6cd20e5
+def _section(out, t, why):
+    "A table or figure on the index; nothing where there is none"
+    files = sorted((out/("figures" if t.startswith("figure") else "tables")).glob(f"{t}.*"))
+    if not files and not why:
+        return ""
+    at = lambda p: p.relative_to(out).as_posix()
+    linked = [p for p in (*files, out/"notebooks"/f"{t}.ipynb") if p.exists()]
+    links = " ".join(f'<a href="{at(p)}">{p.suffix[1:]}</a>' for p in linked)
+    tables = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix == ".html")
+    pictures = "".join(f'<img src="{at(p)}" alt="{t}">' for p in files if p.suffix == ".png")
+    bad = f'<p class="bad">{html.escape(why)}</p>' if why else ""
+    return f'<section id="{t}"><h1>{t}</h1>{bad}<p>{links}</p>{tables}{pictures}</section>'
 
 # %% ../../nbs/paper/regenerate.ipynb #40b94fe6
 _STYLE = '''body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
@@ -232,15 +243,3 @@ def write_index(
         page = f'<!doctype html><html lang="en">{head}<nav>{nav}</nav>{"".join(parts.values())}</html>'
         aside.write_text(page, encoding="utf-8")
     return out/"index.html"
-
-def _section(out, t, why):
-    "A table or figure on the index; nothing where there is none"
-    files = sorted((out/("figures" if t.startswith("figure") else "tables")).glob(f"{t}.*"))
-    if not files and not why:
-        return ""
-    at = lambda p: p.relative_to(out).as_posix()
-    links = " ".join(f'<a href="{at(p)}">{p.suffix[1:]}</a>' for p in [*files, out/"notebooks"/f"{t}.ipynb"] if p.exists())
-    tables = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix == ".html")
-    pictures = "".join(f'<img src="{at(p)}" alt="{t}">' for p in files if p.suffix == ".png")
-    bad = f'<p class="bad">{html.escape(why)}</p>' if why else ""
-    return f'<section id="{t}"><h1>{t}</h1>{bad}<p>{links}</p>{tables}{pictures}</section>'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'TOURS', 'GALLERIES', 'TARGETS', 'FROZEN', 'ALONE', 'HALF', 'BOTH_CE', 'OURS', 'TWO_STAGE', 'PANEL',
-           'changes', 'Row', 'rows', 'control', 'distinct']
+           'changes', 'Row', 'control', 'rows', 'distinct']
 
 # %% ../../nbs/paper/rows.ipynb #eab843b5
 import json
@@ -30,8 +30,8 @@ def changes(
     f = DEFAULT | factors
     method = "two_stage" if f["dnp"] else "contrastive" if f["ncl"] else "frozen"
     layers = tuple(map(int, f["layers"].split("+")))
-    return dict(method=method, generator=_GENERATORS[f["generator"]], layers=layers, lam=f["lam"], loss=f["loss"].lower(),
-                concat=bool(f["concat"]), contrast=f["cl_method"].lower())
+    return dict(method=method, generator=_GENERATORS[f["generator"]], layers=layers, lam=f["lam"],
+                loss=f["loss"].lower(), concat=bool(f["concat"]), contrast=f["cl_method"].lower())
 
 # %% ../../nbs/paper/rows.ipynb #6ae077b7
 @dataclass(frozen=True)
@@ -45,46 +45,45 @@ class Row:
     system: str = "" # a key of `SYSTEMS`; "": ToCoAD or the frozen F
 
     def __hash__(self):
+        "Rows as keys: a dict of settings has no hash"
         return hash(self.name)
 
     @property
     def method(self):
+        "Its setting of that name, or its system"
         return self.changes.get("method", self.system)
 
     @property
-    def fixes(self): # settings that its name speaks of
+    def fixes(self):
+        "Settings that its name speaks of"
         return {"method", *self.own, *(_FIELDS.get(k, k) for k, _ in self.label)}
 
+# %% ../../nbs/paper/rows.ipynb #69f650df
 _alone = changes(dict(generator="Perlin", dnp=False))
 FROZEN = Row("frozen F", (), dict(method="frozen"))
 ALONE = Row("C alone", (), _alone, own=("lam_alone",))
 HALF = Row("C alone, weight 0.5", (), _alone | dict(lam_alone=.5), own=("lam_alone",))
-BOTH_CE = Row("λ 0.5, Loss CE, D by CE too", (), changes(dict(loss="CE")) | dict(loss1="ce"), own=("lam", "loss", "loss1"))
+_both_ce = changes(dict(loss="CE")) | dict(loss1="ce")
+BOTH_CE = Row("λ 0.5, Loss CE, D by CE too", (), _both_ce, own=("lam", "loss", "loss1"))
 OURS = dict(table5=(HALF,), table6=(BOTH_CE,)) # rows that the paper's tables lack
-TWO_STAGE = {g: Row(f"ToCoAD + {g}", (), changes(dict(generator=g)), own=("generator",)) for g in ("Perlin", "CutPaste", "NSA")}
+TWO_STAGE = {g: Row(f"ToCoAD + {g}", (), changes(dict(generator=g)), own=("generator",)) for g in _GENERATORS}
 PANEL = FROZEN, TWO_STAGE["Perlin"], ALONE, HALF, TWO_STAGE["CutPaste"], TWO_STAGE["NSA"]
 
-# %% ../../nbs/paper/rows.ipynb #aabb05f5
-def rows(
-    target:str, # one of `TARGETS`
-    bn2:str="eval", # batch norm in stage II: with controls unless it is "eval"
-) -> tuple: # of `Row`, the frozen F first
-    "The runs that a table needs"
-    one_of(target, TARGETS, "a table or figure")
-    if target == "verdict":
-        return ()
-    if target in TOURS or target in GALLERIES or target == "audit":
-        return FROZEN, TWO_STAGE["Perlin"]
-    n = TABLES.index(target) + 1 if target in TABLES else 0
-    out = (FROZEN, *_printed(n), *OURS.get(target, ()), *_systems(n)) if n else PANEL
-    return out if bn2 == "eval" else tuple(dict.fromkeys([*out, *filter(None, map(control, out))]))
+# %% ../../nbs/paper/rows.ipynb #e5e8d1fe
+def control(
+    row:Row,
+) -> Row|None: # None for a row that ToCoAD trains nothing for
+    "The same forward passes at rate 0"
+    if row.method == "contrastive":
+        return Row("rate 0, C alone", (), changes({}) | dict(method="contrastive_control"))
+    if row.method not in ("two_stage", "control"):
+        return None
+    g = row.changes["generator"]
+    name = next((k for k, v in _GENERATORS.items() if v == g), g)
+    changed = changes({}) | dict(generator=g, method="control")
+    return Row(f"rate 0, both stages, {name}", (), changed, own=("generator",))
 
-def _systems(n):
-    "The columns of table n that are neither ToCoAD nor the frozen F"
-    others = [(key, s.name) for key, s in SYSTEMS.items() if key not in ("frozen", "tocoad") and n in s.tables]
-    printed = set(published.table(n).method) if others else ()
-    return [Row(name, (("method", name),) if name in printed else (), {}, system=key) for key, name in others]
-
+# %% ../../nbs/paper/rows.ipynb #5e6f0ce1
 @cache
 def _printed(n):
     "The rows of ours that table n prints"
@@ -99,23 +98,32 @@ def _printed(n):
         out.append(Row(name, tuple(r.items()), changes(full), factors(full) == factors(DEFAULT)))
     return out
 
-def control(
-    row:Row,
-) -> Row|None: # None for a row that ToCoAD trains nothing for
-    "The same forward passes at rate 0"
-    if row.method == "contrastive":
-        return Row("rate 0, C alone", (), changes({}) | dict(method="contrastive_control"))
-    if row.method not in ("two_stage", "control"):
-        return None
-    g = row.changes["generator"]
-    name = next((k for k, v in _GENERATORS.items() if v == g), g)
-    return Row(f"rate 0, both stages, {name}", (), changes({}) | dict(generator=g, method="control"), own=("generator",))
+# %% ../../nbs/paper/rows.ipynb #aabb05f5
+def _systems(n):
+    "The columns of table n that are neither ToCoAD nor the frozen F"
+    others = [(key, s.name) for key, s in SYSTEMS.items() if key not in ("frozen", "tocoad") and n in s.tables]
+    printed = set(published.table(n).method) if others else ()
+    return [Row(name, (("method", name),) if name in printed else (), {}, system=key) for key, name in others]
+
+def rows(
+    target:str, # one of `TARGETS`
+    bn2:str="eval", # batch norm in stage II: with controls unless it is "eval"
+) -> tuple: # of `Row`, the frozen F first
+    "The runs that a table needs"
+    one_of(target, TARGETS, "a table or figure")
+    if target == "verdict":
+        return ()
+    if target in TOURS or target in GALLERIES or target == "audit":
+        return FROZEN, TWO_STAGE["Perlin"]
+    n = TABLES.index(target) + 1 if target in TABLES else 0
+    out = (FROZEN, *_printed(n), *OURS.get(target, ()), *_systems(n)) if n else PANEL
+    return out if bn2 == "eval" else tuple(dict.fromkeys([*out, *filter(None, map(control, out))]))
 
 # %% ../../nbs/paper/rows.ipynb #be3e447c
 def _computed(r):
     "What a row computes, as text"
-    alone = "method", "layers", "concat", "contrast", "lam_alone"
-    told = r.changes if r.method == "two_stage" else {k: v for k, v in r.changes.items() if r.method != "frozen" and k in alone}
+    alone = () if r.method == "frozen" else ("method", "layers", "concat", "contrast", "lam_alone")
+    told = {k: v for k, v in r.changes.items() if r.method == "two_stage" or k in alone}
     return json.dumps(told | dict(method=r.method), default=list, sort_keys=True)
 
 def distinct(

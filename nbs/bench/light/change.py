@@ -13,6 +13,7 @@ import measuring  # noqa: E402
 
 
 def main():
+    "Measure each stage before and after, and keep what was found after each measurement"
     p = argparse.ArgumentParser()
     p.add_argument("out", type=Path)
     p.add_argument("--device", default="cuda")
@@ -43,9 +44,12 @@ def main():
 
 
 def _name(device):
-    if device == "cpu": return None
+    "What a GPU calls itself"
+    if device == "cpu":
+        return None
     import torch
     return torch.cuda.get_device_name(device)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,8 @@ from pathlib import Path
 
 METRICS = ("image_auroc", "pixel_auroc")
 CATEGORIES = ("toothbrush", "leather", "bottle")
-BIG = 100                                                                     # images of a category that can wait
-MOST = 12e6                                                                   # bytes of a tar file
+BIG = 100 # images of a category that can wait
+MOST = 12e6 # bytes of a tar file
 
 
 def jobs(images, seeds, profiles, settings):
@@ -41,6 +41,7 @@ def jobs(images, seeds, profiles, settings):
 
 @cache
 def data_of(folder, category, size):
+    "A category's images, read once"
     from tocoad.data.load import load
     return load(folder, None, category, size)
 
@@ -66,25 +67,32 @@ def work(todo, done, a):
     torch.set_num_threads(1)
     while True:
         job = todo.get()
-        if job is None: return
+        if job is None:
+            return
         start = time.time()
-        try: said = carry_out(job, a)
-        except Exception as e: said = f"{type(e).__name__}: {str(e).splitlines()[:1]}"
+        try:
+            said = carry_out(job, a)
+        except Exception as e:
+            said = f"{type(e).__name__}: {str(e).splitlines()[:1]}"
         done.put((job, said, time.time() - start))
 
 
 class Kept:
     "Tar files of parts of a store, each whole after every addition"
-    def __init__(self, store, out): self.store, self.out, self.names, self.part = store, out, set(), 0
+    def __init__(self, store, out):
+        "A store's folder, and the folder of the tar files"
+        self.store, self.out, self.names, self.part = store, out, set(), 0
 
     def add(self, names):
+        "Files of the store, by their paths inside it"
         path = self.out/f"store-{self.part}.tar"
         if path.exists() and path.stat().st_size > MOST:
             self.part += 1
             path = self.out/f"store-{self.part}.tar"
         with tarfile.open(path, "a") as t:
             for n in names:
-                if n not in self.names: t.add(self.store/n, n)
+                if n not in self.names:
+                    t.add(self.store/n, n)
         self.names |= set(names)
 
 
@@ -105,6 +113,7 @@ def summary(found):
 
 
 def main():
+    "Carry out the runs side by side until the time is over"
     start = time.time()
     p = argparse.ArgumentParser()
     p.add_argument("data", type=Path)
@@ -123,15 +132,20 @@ def main():
     every = jobs(images, a.seeds, a.profiles, a.set)
     context = mp.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
-    for job in every + [None]*a.workers: todo.put(job)
+    for job in every + [None]*a.workers:
+        todo.put(job)
     running = [context.Process(target=work, args=(todo, done, a), daemon=True) for _ in range(a.workers)]
-    for r in running: r.start()
+    for r in running:
+        r.start()
     kept, found = Kept(a.store, a.out), {}
     print(f"{len(every)} runs wanted, of {images}, {a.workers} at once on {a.device}", flush=True)
     while len(found) < len(every) and (left := start + a.seconds - time.time()) > 0:
-        if not any(r.is_alive() for r in running): break
-        try: (profile, category, seed, row), said, seconds = done.get(timeout=min(left, 5))
-        except queue.Empty: continue
+        if not any(r.is_alive() for r in running):
+            break
+        try:
+            (profile, category, seed, row), said, seconds = done.get(timeout=min(left, 5))
+        except queue.Empty:
+            continue
         ok = isinstance(said, tuple)
         values = "image {image_auroc:.4f} pixel {pixel_auroc:.4f}".format(**said[0]) if ok else f"failed: {said}"
         what = f"{profile} {category} seed {seed}, {row.name}"
@@ -139,10 +153,13 @@ def main():
         if ok:
             found[profile, category, seed, row.name] = said[0]
             kept.add(said[1])
-        else: every.remove((profile, category, seed, row))
-    for r in running: r.terminate()
+        else:
+            every.remove((profile, category, seed, row))
+    for r in running:
+        r.terminate()
     print(summary(found), f"{len(found)} runs in {time.time() - start:.0f} s", sep="\n", flush=True)
-    os._exit(0 if found else 1)                                               # what is queued is of no use to anybody
+    os._exit(0 if found else 1) # what is queued is of no use to anybody
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

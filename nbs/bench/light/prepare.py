@@ -50,6 +50,7 @@ def pack(folder, name, path):
 
 
 def main():
+    "Pack what the command line names, and say how large it is"
     p = argparse.ArgumentParser()
     p.add_argument("to", type=Path)
     p.add_argument("--images", nargs="*", default=[], metavar="CATEGORY=FOLDER")
@@ -61,11 +62,13 @@ def main():
     for category, folder in (pair.split("=", 1) for pair in a.images):
         pack(Path(folder)/category, f"{category}/{category}", a.to/f"{category}.tar")
         with tempfile.TemporaryDirectory() as there:
-            with tarfile.open(a.to/f"{category}.tar") as t: t.extractall(there, filter="data")
+            with tarfile.open(a.to/f"{category}.tar") as t:
+                t.extractall(there, filter="data")
             one, other = (load(f, None, category, SIZE, cache=False) for f in (folder, Path(there)/category))
         assert one.fingerprint == other.fingerprint, f"{category} does not decode to the same pixels"
         print(f"{other!r}: the same pixels", flush=True)
-    if a.textures: pack(a.textures, "textures", a.to/"textures.tar")
+    if a.textures:
+        pack(a.textures, "textures", a.to/"textures.tar")
     if a.packages:
         (a.to/"whl").mkdir(exist_ok=True)
         wanted = [f"{n}=={version(n)}" for n in a.packages]
@@ -77,4 +80,5 @@ def main():
         print(f"{f.stat().st_size/2**20:7.1f} MiB  {f.relative_to(a.to)}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

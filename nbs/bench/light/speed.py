@@ -15,8 +15,9 @@ NOTEBOOK = Path(__file__).parents[1]/"gpu.ipynb"
 
 
 def show(x):
-    if hasattr(x, "to_string"): print(x.to_string(), flush=True)
-    elif x is not None: print(x, flush=True)
+    "Print a table or a value; nothing for None"
+    if x is not None:
+        print(x.to_string() if hasattr(x, "to_string") else x, flush=True)
 
 
 def run(source, names):
@@ -24,7 +25,8 @@ def run(source, names):
     tree = ast.parse(source)
     last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "gpu.ipynb", "exec"), names)
-    if last: show(eval(compile(last, "gpu.ipynb", "eval"), names))
+    if last:
+        show(eval(compile(last, "gpu.ipynb", "eval"), names))
 
 
 def profile(f, device, steps=3):
@@ -34,8 +36,10 @@ def profile(f, device, steps=3):
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*(device != "cpu")
     f()
     with torch.profiler.profile(activities=kinds) as p:
-        for _ in range(steps): f()
-        if device != "cpu": torch.cuda.synchronize()
+        for _ in range(steps):
+            f()
+        if device != "cpu":
+            torch.cuda.synchronize()
     kernels = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in p.events())
     by = [f"self_{k}_time_total" for k in (["device"] if device != "cpu" else []) + ["cpu"]]
     tables = [p.key_averages().table(sort_by=b, row_limit=12, max_name_column_width=60) for b in by]
@@ -43,6 +47,7 @@ def profile(f, device, steps=3):
 
 
 def main():
+    "Run the notebook's cells, then profile a step of each stage"
     p = argparse.ArgumentParser()
     p.add_argument("out", type=Path)
     p.add_argument("--device", default="cuda")
@@ -52,16 +57,18 @@ def main():
     given = dict(device=a.device, out=str(a.out), quick=a.quick)
     changes = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
     names, start = {"__name__": "gpu"}, time.perf_counter()
-    for i, cell in enumerate(json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]):
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code":
-            if source.startswith("#"): print(f"\n{source.splitlines()[0]}", flush=True)
+            if source.startswith("#"):
+                print(f"\n{source.splitlines()[0]}", flush=True)
             continue
         before = set(names)
         run(source, names)
         names |= given if "parameters" in cell["metadata"].get("tags", []) else {}
         names |= {k: v for k, v in changes.items() if k in set(names) - before}
-        if "b" in names: names["b"].save()
+        if "b" in names:
+            names["b"].save()
         print(f"[{time.perf_counter() - start:.0f} s]", flush=True)
     with names["arithmetic"]("tf32", a.device):
         said = "\n".join(f"stage {n}: {profile(names[f'work{n}'], a.device)}" for n in (1, 2))
@@ -69,4 +76,5 @@ def main():
     print(said, f"[{time.perf_counter() - start:.0f} s]", sep="\n", flush=True)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
