@@ -31,9 +31,6 @@ ROOMS = [p for p in ALL if not any((f/".notest").exists() for f in p.parents) an
 name = lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix()
 
 
-CLEANING = pytest.mark.xfail(reason="rooms are being cleaned") # goes when they are
-
-
 def text(p): return p.read_text(encoding="utf-8")
 
 
@@ -108,7 +105,6 @@ def test_library_is_exported(tmp_path):
         assert lines == code(ROOT/"tocoad"/path), f"{path} is not what its notebook exports: run nbdev-export"
 
 
-@CLEANING
 def test_notebooks_are_clean(tmp_path, monkeypatch):
     "nbdev-clean leaves nothing to commit"
     monkeypatch.chdir(ROOT)
@@ -118,7 +114,6 @@ def test_notebooks_are_clean(tmp_path, monkeypatch):
         assert text(tmp_path/nb.relative_to(ROOT)) == text(nb), f"{nb.name}: run nbdev-clean"
 
 
-@CLEANING
 @pytest.mark.parametrize("nb", ALL, ids=name)
 def test_saving_with_another_python_changes_nothing(nb, tmp_path, monkeypatch):
     "What JupyterLab would save, with the hook of nbdev-install-hooks, is what is committed"
@@ -228,14 +223,14 @@ def test_links_lead_somewhere(nb):
     assert not [x for x in links if not (base/x).exists()]
 
 
-@CLEANING
 @pytest.mark.parametrize("room", sorted(p.relative_to(ROOT) for p in (ROOT/"tocoad").rglob("[!_]*.py")), ids=str)
 def test_no_room_and_no_line_is_long(room):
     lines = text(ROOT/room).splitlines()
-    assert len(lines) <= 350 and max(map(len, lines)) <= 120
+    start = lines.index("# %% auto #0") # nbdev writes and wraps `__all__`
+    written = lines[:start] + lines[lines.index("", start):]
+    assert len(lines) <= 350 and max(map(len, written)) <= 120
 
 
-@CLEANING
 def test_ruff_finds_nothing():
     ruff = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "tocoad", "nbs", "tests"]
     run = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)

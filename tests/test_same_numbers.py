@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 MEASURED = {"seconds"} # a value of this name is a time
 RENAMED = {} # names of stages, settings and values that changed: the earlier -> today's
 COMMAND = "import sys; from tocoad.cli import main; sys.exit(main(sys.argv[1:]))"
-WORDS = ("reproduce table5 table7 table9 figure3 figure7 --profile smoke --categories washer grass --device cpu --quiet"
+WORDS = ("reproduce table5 table7 table9 figure7 --profile smoke --categories washer grass --device cpu --quiet"
          " --set curve=1").split()
-EVERY = {"stage1", "stage2", "contrastive", "memory", "scores", "metrics", "curve", "difference", "gallery", "tour"}
+EVERY = {"stage1", "stage2", "contrastive", "memory", "scores", "metrics", "curve", "difference", "gallery"}
 VARIANTS = {"as it is": [], "new statistics": ["bn2=train"]}
 
 @pytest.fixture(scope="session")

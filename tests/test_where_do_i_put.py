@@ -31,6 +31,15 @@ def dice_loss(logits, y):
     p = logits.softmax(1)[:, 1]
     return 1 - 2*(p*y).sum()/(p.sum() + y.sum() + 1)
 ''',
+    "systems/pixels.py": '''
+from ..data.images import crop
+
+def judge(c, data, got, parts, device, progress):
+    "How far each pixel lies from the training images' mean"
+    grey = lambda split: crop(split.images, c.size).float().mean(1)
+    maps = (grey(data.test) - grey(data.train).mean(0)).abs().numpy()
+    return {}, dict(image=maps.max((1, 2)), maps=maps)
+''',
     "data/flat.py": '''
 from .layouts import Item, image_files
 
@@ -41,12 +50,12 @@ def read_flat(root, category):
     return items + [Item(p, True, "faulty", None, "test") for p in faulty]
 '''}
 LINES = { # kind -> file, text before which a line goes, the line
-    "generator": [("run/stages.py", "GENERATORS = {", "from ..method.stripes import Stripes\n"),
-                  ("run/stages.py", '"perlin": Perlin', '"stripes": Stripes, '),
-                  ("run/config.py", '"perlin", "cutpaste", "nsa")', '"stripes", ')],
+    "generator": [("systems/tocoad.py", "GENERATORS = {", "from ..method.stripes import Stripes\n"),
+                  ("systems/tocoad.py", '"perlin": Perlin', '"stripes": Stripes, '),
+                  ("systems/settings.py", '"perlin", "cutpaste", "nsa")', '"stripes", ')],
     "loss": [("method/discriminator.py", "LOSSES = {", "from .dice import dice_loss\n"),
              ("method/discriminator.py", '"focal": focal_loss', '"dice": dice_loss, '),
-             ("run/config.py", '"focal", "ce")', '"dice", '), ("run/config.py", '"focal", "ce", "same")', '"dice", ')],
+             ("systems/settings.py", '"focal", "ce")', '"dice", '), ("systems/settings.py", '"focal", "ce", "same")', '"dice", ')],
     "backbone": [("method/weights.py", '    "resnet50":', '    "resnet34": ("resnet34.pth", "b627", *IMAGENET),\n')],
     "metric": [("measure/metrics.py", "ap=_ap", "half=lambda *t: .5, ")],
     "data set": [("data/layouts.py", "LAYOUTS = {", """
@@ -61,6 +70,8 @@ def read_flat(*place):
     "profile": [("run/config.py", '    "laptop": Config(',
                  '    "quick": Config(profile="quick", **_LITE).replace(epochs1=1, epochs2=1),\n'),
                 ("cli.py", '"laptop", "smoke")', '"quick", ')],
+    "system": [("systems/system.py", '    "frozen": System(',
+                '    "pixels": System("Mean of pixels", {"pixels": Stage("systems.pixels.judge", ("size",))}, tables=(1,)),\n')],
     "row of a table": [("paper/rows.py", "OURS = dict(",
                         'STRIPES = Row("stripes", (), changes({}) | dict(generator="stripes"), own=("generator",))\n'),
                        ("paper/rows.py", "table5=(HALF,)", "table7=(STRIPES,), ")]}
@@ -99,6 +110,9 @@ o = plan.options("smoke", categories=["washer"], settings=tiny)
 facts["forecast"] = [int(regenerate.forecast(["table7"], o).runs.sum())]
 sheet = report.Results(sheets.compute(["table7"], o)["table7"], None, o.rows("table7"))
 facts |= dict(table=report.ablation(sheet).to_csv(), left=int(regenerate.forecast(["table7"], o)["compute"].sum()))
+sheet = report.Results(sheets.compute(["table1"], o)["table1"], None, o.rows("table1"))
+facts |= dict(systems=said("run", "--systems", "none"), column=report.comparison(sheet).to_csv(), gains=report.gains(sheet).to_csv())
+facts["forecast1"] = regenerate.forecast(["table1"], o)[["runs", "compute"]].values.tolist()
 panel = plan.options("quick", folders=["sets/bolt"], settings=tiny)
 facts["forecast"].append(regenerate.forecast(["panel"], panel).to_dict("records"))
 print(json.dumps(facts))
@@ -136,6 +150,12 @@ def test_a_run_uses_them(facts):
 
 def test_a_table_shows_its_new_row(facts):
     assert "stripes" in facts["table"] and facts["left"] == 0
+
+
+def test_a_system_is_a_column_with_its_difference(facts):
+    "Beside the frozen F and two rows of ToCoAD; all of its runs are stored now"
+    assert "Mean of pixels" in facts["column"] and "Mean of pixels" in facts["gains"] and "pixels" in facts["systems"]
+    assert facts["forecast1"] == [[4, 0]]
 
 
 def test_the_forecast_counts_them(facts):

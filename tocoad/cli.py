@@ -19,10 +19,11 @@ from .data.errors import BadInput
 # %% ../nbs/cli.ipynb #f0cb165c
 Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.config`, which is imported when it is needed
 
-def settle(root=None, dataset=None, category=None, profile=None, set_=()): # options of `run`
+def settle(root=None, dataset=None, category=None, profile=None, set_=(), systems=("tocoad",)): # options of `run`
     "The `Config` that the options of `run` describe; BadInput if they do not fit"
     from tocoad.run.config import config, settings
     from tocoad.systems.settings import ask_for_textures
+    from tocoad.systems.system import SYSTEMS
     changes, mini = settings(set_), root is None
     if twice := {"profile", "seed", "method"} & set(changes):
         raise BadInput(f"--set {twice.pop()}=...: use --profile and --seeds for these; every method is run.")
@@ -31,7 +32,10 @@ def settle(root=None, dataset=None, category=None, profile=None, set_=()): # opt
     drawn, shown = ("lab", "grass") if profile == "lab" else ("mini", "washer")
     names = dict(dataset=dataset or (drawn if mini else "own"), category=category or shown)
     cfg = config(profile or ("smoke" if mini else "laptop"), **names | changes)
-    ask_for_textures(cfg)
+    for name in systems:
+        one_of(name, SYSTEMS, "--systems")
+    if "tocoad" in systems:
+        ask_for_textures(cfg)
     return cfg
 
 # %% ../nbs/cli.ipynb #8ba3aa42
@@ -40,22 +44,23 @@ def run(
     dataset:str=None, # name of the data set, such as mvtec_ad (default: recognised by its folders)
     category:str=None, # such as bottle (default without --root: washer)
     profile:Profile=None, # default: laptop, or smoke without --root
+    systems:list[str]=("frozen", "tocoad"), # which to run, the one that others are compared with first
     out:Path=Path("runs"), # folder for heat maps, curves and the record
     set_:list[str]=(), seeds:list[int]=(0,), device:str=None, store:str=None, json_:bool=False, quiet:bool=False,
 ):
-    "Train and score frozen, contrastive-only and two-stage features on one category"
+    "Train and score systems on one category: ToCoAD's frozen, contrastive-only and two-stage features, or others"
     from tocoad.data.load import load
     from tocoad.data.sets import DATASETS
     from tocoad.run import compare
     from tocoad.run.config import settings
     from tocoad.run.store import Store
     with wrong_command():
-        cfg = settle(root, dataset, category, profile, set_)
+        cfg = settle(root, dataset, category, profile, set_, systems)
     data = load(root, dataset if root else cfg.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
-    result = compare.compare(cfg, tuple(seeds), data=data, device=device, progress=not quiet, store=Store(store))
+    result = compare.compare(cfg, tuple(seeds), compare.methods_for(cfg, systems), data, device=device, progress=not quiet, store=Store(store))
     _keep(result, out, json_)
 
 # %% ../nbs/cli.ipynb #70e48185
@@ -78,8 +83,10 @@ def _heat_maps(result, title, n=8):
     from tocoad.paper.drawing import heat_maps
     from tocoad.run.stages import pick, unit
     test, labels = result.data.test, result.data.test.labels.numpy()
-    chosen = pick(labels, test.defects, result.image["frozen"][0], n)
-    maps = {m: unit(result.maps[m][0], labels)[chosen] for m in ("frozen", "two_stage")}
+    first, *others = result.maps
+    chosen = pick(labels, test.defects, result.image[first][0], n)
+    shown = [first, *(("two_stage",) if "two_stage" in others else others[-1:])]
+    maps = {m: unit(result.maps[m][0], labels)[chosen] for m in shown}
     images, masks = (None if x is None else crop(x, result.cfg.size)[chosen].numpy() for x in (test.images, test.masks))
     return heat_maps(images, masks, maps, [test.defects[i] for i in chosen], heading=title)
 
@@ -266,7 +273,7 @@ def runs_list(*, store:str=None):
 def _line(r):
     "A scored run on a line"
     c, v, how = r["config"], r["values"], [r["method"]]
-    if r["method"] != "frozen":
+    if r["method"] != "frozen" and "lam" in c:
         how += [c["generator"]]*(r["method"] == "two_stage") + [c["contrast"], "+".join(map(str, c["layers"]))]
         how += [f"lam={c['lam']}", c["loss"]] + ["concat"]*c["concat"]
     own = f", own {' and '.join(r['custom'])}" if r["custom"] else ""
@@ -289,7 +296,7 @@ def runs_prune(*, store:str=None, dry_run:bool=False): # only say what would go
     newest = sheets(store)
     needed = {k for s in newest for k in s["keys"]}
     gone = [r for r in store.records() if r["key"] not in needed]
-    left = [p for p in store.root.glob("*/*") if p.suffix == ".part"
+    left = [p for p in store.root.glob("*/*") if p.name.startswith(".")
             or p.suffix == ".safetensors" and not p.with_suffix(".json").exists()]
     size = sum(r["bytes"] for r in gone) + sum(p.stat().st_size for p in left)
     for r in () if dry_run else gone:

@@ -99,7 +99,7 @@ class Options:
         "The settings of one cell"
         base = config(self.profile, dataset=dataset, category=category, seed=seed)
         base = base.replace(**PROFILE_OF.get((self.profile, dataset), {}) | row.changes | settings(self.settings))
-        return SYSTEMS[row.system].settings(**shared(base)) if row.system else base
+        return SYSTEMS[row.system].settings(**shared(base), method=row.system) if row.system else base
 
     def rows(self, target):
         "The runs that a table needs with these settings"

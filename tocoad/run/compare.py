@@ -271,7 +271,7 @@ def member(
     if change is None:
         change = dict(method=name) if name in TRAINS else SYSTEMS[name]
     if isinstance(change, System):
-        return change.settings(**shared(cfg)), {}, change
+        return change.settings(**shared(cfg), method=name), {}, change
     if isinstance(change, Shared):
         return change.replace(seed=cfg.seed), {}, None
     return cfg.replace(**{k: v for k, v in change.items() if k != "parts"}), change.get("parts", {}), None

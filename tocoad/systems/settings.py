@@ -29,8 +29,8 @@ class Shared:
     mask: str = "half" # a mask's pixel counts from one "half" on, or only as a whole: "cast" (gap 52)
     size: int = 224 # side of the centre crop
     seed: int = 0 # all randomness (gap 12)
+    method: str = "" # a key of `SYSTEMS`, or one of ToCoAD's ways
 
-    method = "" # in a system's own settings: its key in `SYSTEMS`
     rules = {} # setting: what it must be, and whether a value is
     choices = {} # setting: its values
 
@@ -66,7 +66,7 @@ def shared(
     c:Shared, # of any system
 ) -> dict: # name -> value
     "The settings that another system has too"
-    return {f.name: getattr(c, f.name) for f in fields(Shared)}
+    return {f.name: getattr(c, f.name) for f in fields(Shared) if f.name != "method"}
 
 # %% ../../nbs/systems/1_settings.ipynb #548fa2d4
 _positive = "above 0", lambda v: v > 0
