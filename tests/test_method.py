@@ -75,7 +75,8 @@ def test_readers_settings_reach_the_images():
 
 def test_the_image_score_may_be_the_maximum_of_the_map(washer):
     scores = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
-    a, b = (tocoad_room.maps_of(dict(patch_scores=scores), config("smoke", **TINY | dict(image_score=k))) for k in ("patches", "map"))
+    cfgs = [config("smoke", **TINY | dict(image_score=k)) for k in ("patches", "map")]
+    a, b = (tocoad_room.maps_of(dict(patch_scores=scores), c) for c in cfgs)
     assert np.array_equal(a[0], scores.max((1, 2))) and np.array_equal(b[0], b[1].max((1, 2)))
     assert np.array_equal(a[1], b[1])
 

@@ -1,4 +1,5 @@
 "The panel on folders of one's choice, a budget of time, results as a file"
+
 import json
 
 import pytest
@@ -16,13 +17,16 @@ TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=10", "width=32", "batch=8"
 @pytest.fixture(scope="module")
 def there(shared):
     "Two folders and a store that knows the panel's decisive rows on them"
+
     def asked(root):
-        folders = [str(root/"btad_like"/"01"), str(root/"mine"/"parts"/"washer")]
-        return plan.options("smoke", folders=folders, settings=TINY, store=str(root/"store"))
+        folders = [str(root / "btad_like" / "01"), str(root / "mine" / "parts" / "washer")]
+        return plan.options("smoke", folders=folders, settings=TINY, store=str(root / "store"))
+
     def make(root):
-        write_layout(root/"btad_like", "btad", ["01"], size=64)
-        write_layout(root/"mine"/"parts", "mvtec", ["washer"], size=64)
+        write_layout(root / "btad_like", "btad", ["01"], size=64)
+        write_layout(root / "mine" / "parts", "mvtec", ["washer"], size=64)
         sheets.compute(["panel"], asked(root))
+
     root = shared("panel", make)
     return root, asked(root), sheets.compute(["panel"], asked(root))["panel"]
 
@@ -32,19 +36,29 @@ def test_the_panel_names_its_sets_after_their_folders_and_says_whose_split_it_is
     sets = panel.sets(Results(sheet))
     assert sheet["failed"] == [] and sheet["left"] == 0
     assert sets["from"].to_dict() == {"01": "btad_like", "washer": "parts"}
-    assert sets.split.to_dict() == {"01": "own", "washer": "of the folder"} # BTAD's counts are known, and these are others
+    assert sets.split.to_dict() == {
+        "01": "own",
+        "washer": "of the folder",
+    }  # BTAD's counts are known, and these are others
     assert "Mini" not in Results(sheet).title() and "BTAD:" not in Results(sheet).title()
 
 
 def test_every_trained_row_stands_beside_frozen_and_its_control(there):
     _, o, sheet = there
     r = Results(sheet, plan=o.rows("panel"))
-    found = {(d["row"], d["base"]) for d in sheet["differences"] if d["category"] == "washer" and d["metric"] == "aupro"}
+    found = {
+        (d["row"], d["base"]) for d in sheet["differences"] if d["category"] == "washer" and d["metric"] == "aupro"
+    }
     for row in o.rows("panel"):
         if row.changes["method"] in ("two_stage", "contrastive"):
             assert {(row.name, "frozen F"), (row.name, rows.control(row).name)} <= found
     assert ("ToCoAD + Perlin", "C alone, weight 0.5") in found
-    assert set(panel.table(r).columns.get_level_values(1)) >= {"value", "Δ frozen F", "Δ its control", "Δ C, half weight"}
+    assert set(panel.table(r).columns.get_level_values(1)) >= {
+        "value",
+        "Δ frozen F",
+        "Δ its control",
+        "Δ C, half weight",
+    }
 
 
 def test_the_row_says_what_became_of_its_training(there):
@@ -59,47 +73,71 @@ def test_the_row_says_what_became_of_its_training(there):
 
 def test_a_command_with_a_budget_goes_on_and_comes_to_the_same(there, tmp_path, capsys):
     root, o, whole = there
-    words = ["reproduce", "panel", "--folders", *o.folders[1:], "--profile", "smoke", "--set", *TINY, "--store", str(tmp_path/"store"),
-             "--out", str(tmp_path/"out"), "--quiet"]
+    words = [
+        "reproduce",
+        "panel",
+        "--folders",
+        *o.folders[1:],
+        "--profile",
+        "smoke",
+        "--set",
+        *TINY,
+        "--store",
+        str(tmp_path / "store"),
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
     assert main([*words, "--budget", "0.001s"]) == 0
-    first = next((tmp_path/"store"/"sheets").glob("panel-*.json"))
+    first = next((tmp_path / "store" / "sheets").glob("panel-*.json"))
     assert json.loads(first.read_text())["left"] == len(o.rows("panel")) and not json.loads(first.read_text())["runs"]
     assert main([*words, "--budget", "1h"]) == 0
     sheet = json.loads(first.read_text())
     mine = [x for x in whole["runs"] if x["category"] == "washer"]
-    assert sheet["left"] == 0 and {(x["row"], str(x["values"])) for x in sheet["runs"]} == {(x["row"], str(x["values"])) for x in mine}
-    assert "10 runs there, 0 left, 0 failed" in (tmp_path/"out"/"reproduce.log").read_text()
-    assert (tmp_path/"out"/"tables"/"panel.html").exists()
+    assert sheet["left"] == 0 and {(x["row"], str(x["values"])) for x in sheet["runs"]} == {
+        (x["row"], str(x["values"])) for x in mine
+    }
+    assert "10 runs there, 0 left, 0 failed" in (tmp_path / "out" / "reproduce.log").read_text()
+    assert (tmp_path / "out" / "tables" / "panel.html").exists()
 
 
 def test_a_part_says_so_in_its_title(there, tmp_path):
     _, o, _ = there
     seeds = plan.options("smoke", folders=o.folders, settings=TINY, store=o.store, seeds=[0, 1])
     sheet = sheets.compute(["panel"], seeds, stored=True)["panel"]
-    assert sheet["left"] == len(o.rows("panel"))*2 and f"so far {len(sheet['runs'])} of {2*len(sheet['runs'])} runs" in Results(sheet).title()
-    assert len(sheet["differences"]) > 0 # over the seed that is there
+    assert (
+        sheet["left"] == len(o.rows("panel")) * 2
+        and f"so far {len(sheet['runs'])} of {2 * len(sheet['runs'])} runs" in Results(sheet).title()
+    )
+    assert len(sheet["differences"]) > 0  # over the seed that is there
 
 
 def test_exported_and_taken_in_elsewhere(there, tmp_path, capsys):
     root, o, sheet = there
-    file = tmp_path/"results.jsonl"
+    file = tmp_path / "results.jsonl"
     assert main(["runs", "export", str(file), "--for", "panel", "--store", o.store]) == 0
     assert str(root) not in file.read_text() and file.stat().st_size < 1e6
-    assert main(["runs", "import", str(file), "--store", str(tmp_path/"other")]) == 0
+    assert main(["runs", "import", str(file), "--store", str(tmp_path / "other")]) == 0
     assert "licence" in capsys.readouterr().out
-    [copy] = exchange.imported(Store(tmp_path/"other"))
+    [copy] = exchange.imported(Store(tmp_path / "other"))
     head, records = exchange.read(copy)
     values = {r["key"]: r["values"] for r in records if r["stage"] == "metrics"}
-    assert len(values) == len(sheet["runs"]) and {round(100*v["image_auroc"], 9) for v in values.values()} == {round(x["values"]["image_auroc"], 9) for x in sheet["runs"]}
+    assert len(values) == len(sheet["runs"]) and {round(100 * v["image_auroc"], 9) for v in values.values()} == {
+        round(x["values"]["image_auroc"], 9) for x in sheet["runs"]
+    }
     assert len(exchange.pairs(exchange.pool([copy])[0])) == len(sheet["differences"])
     assert {s["target"] for s in head["tables"]} == {"panel"} and len(head["sets"]) == 2
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--folders", "nowhere"], "--folders nowhere: there is no such folder"),
-    ([], "name them with --folders"),
-    (["--folders", ".", "--budget", "tomorrow"], "such as 40h"),
-    (["--folders", ".", "--set", "lam_alone=0.3"], "which fixes lam_alone")])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--folders", "nowhere"], "--folders nowhere: there is no such folder"),
+        ([], "name them with --folders"),
+        (["--folders", ".", "--budget", "tomorrow"], "such as 40h"),
+        (["--folders", ".", "--set", "lam_alone=0.3"], "which fixes lam_alone"),
+    ],
+)
 def test_a_wrong_wish_is_one_sentence(words, says, capsys):
     assert main(["reproduce", "panel", *words]) == 2
     said = capsys.readouterr().err
@@ -107,9 +145,9 @@ def test_a_wrong_wish_is_one_sentence(words, says, capsys):
 
 
 def test_a_file_that_was_edited_is_refused(there, tmp_path, capsys):
-    file = tmp_path/"results.jsonl"
+    file = tmp_path / "results.jsonl"
     main(["runs", "export", str(file), "--store", there[1].store])
     file.write_text(file.read_text().replace('"seed":0', '"seed":1', 1))
     capsys.readouterr()
-    assert main(["runs", "import", str(file), "--store", str(tmp_path/"other")]) == 1
-    assert "not as it was written" in capsys.readouterr().err and not (tmp_path/"other"/"imported").exists()
+    assert main(["runs", "import", str(file), "--store", str(tmp_path / "other")]) == 1
+    assert "not as it was written" in capsys.readouterr().err and not (tmp_path / "other" / "imported").exists()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from .command import logger, parser, say, writable, wrong_command
-from .data.errors import BadInput
+from .data.errors import BadInput, one_of
 
 # %% ../nbs/cli.ipynb #f0cb165c
-Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.config`, which is imported when it is needed
+Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.config`, imported when needed
 
 def settle(root=None, dataset=None, category=None, profile=None, set_=(), systems=("tocoad",)): # options of `run`
     "The `Config` that the options of `run` describe; BadInput if they do not fit"
@@ -56,11 +56,13 @@ def run(
     from tocoad.run.store import Store
     with wrong_command():
         cfg = settle(root, dataset, category, profile, set_, systems)
-    data = load(root, dataset if root else cfg.dataset, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
+    name = dataset if root else cfg.dataset
+    data = load(root, name, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
-    result = compare.compare(cfg, tuple(seeds), compare.methods_for(cfg, systems), data, device=device, progress=not quiet, store=Store(store))
+    methods, store = compare.methods_for(cfg, systems), Store(store)
+    result = compare.compare(cfg, tuple(seeds), methods, data, device=device, progress=not quiet, store=store)
     _keep(result, out, json_)
 
 # %% ../nbs/cli.ipynb #70e48185
@@ -72,23 +74,10 @@ def _keep(result, out, as_json):
     record, c = compare.record(result), result.cfg
     stem = out/f"{c.dataset}_{c.category}_{c.profile}"
     write_json(record, f"{stem}.json")
-    drawing.save(_heat_maps(result, report.title(record)), f"{stem}_maps.png")
+    drawing.save(drawing.comparison_maps(result, report.title(record)), f"{stem}_maps.png")
     drawing.save(report.curves(record), f"{stem}_curves.png")
     notes = [*(f"Note: {n}" for n in result.data.notes), f"Written: {stem}.json, _maps.png, _curves.png"]
     print(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *notes]), sep="\n")
-
-def _heat_maps(result, title, n=8):
-    "Some test images with the maps of the first seed"
-    from tocoad.data.images import crop
-    from tocoad.paper.drawing import heat_maps
-    from tocoad.run.stages import pick, unit
-    test, labels = result.data.test, result.data.test.labels.numpy()
-    first, *others = result.maps
-    chosen = pick(labels, test.defects, result.image[first][0], n)
-    shown = [first, *(("two_stage",) if "two_stage" in others else others[-1:])]
-    maps = {m: unit(result.maps[m][0], labels)[chosen] for m in shown}
-    images, masks = (None if x is None else crop(x, result.cfg.size)[chosen].numpy() for x in (test.images, test.masks))
-    return heat_maps(images, masks, maps, [test.defects[i] for i in chosen], heading=title)
 
 # %% ../nbs/cli.ipynb #ee0d50d0
 def reproduce(

@@ -27,18 +27,17 @@ import pandas as pd
 import psutil
 import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from tocoad.method.arithmetic import arithmetic
 
 from tocoad.data.errors import BadInput
 from tocoad.data.load import load as load_images
+from tocoad.method.arithmetic import arithmetic
 from tocoad.method.finetune import finetune
 from tocoad.method.pretrain import pretrain
 from tocoad.paper.drawing import GREY, HUES, INK
-from tocoad.run import stages
-from tocoad.systems import tocoad as tocoad_room
-from tocoad.systems.settings import resolved
 from tocoad.run.keys import hardware, versions
 from tocoad.run.store import write_json
+from tocoad.systems import tocoad as tocoad_room
+from tocoad.systems.settings import resolved
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR) # it misses CUDA where there is none
 from torch.utils.benchmark import Timer, timer  # noqa: E402

@@ -21,9 +21,9 @@ from ..data.errors import BadInput
 from . import plan, published, sheets
 from . import rows as rows_room
 from .published import CATEGORIES
-from ..systems.settings import Config, resolved
 from ..run.keys import chain
 from ..run.store import Store, default_store
+from ..systems.settings import Config, resolved
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
 def seconds(

@@ -18,10 +18,20 @@ from ..data.images import Category, crop, to_float
 from ..method.perlin import Perlin, pick_textures, rotate, turn, turned_noise
 from ..method.pretrain import stream
 from ..run.compare import describe, tasks, weights_id
-from ..systems.settings import Config, resolved
 from ..run.keys import Task, task
 from ..run.stages import unit
-from ..systems.tocoad import _extractor, _fill, _loss, embed, make_generator, make_networks, make_views, maps_of, two_views
+from ..systems.settings import Config, resolved
+from tocoad.systems.tocoad import (
+    _extractor,
+    _fill,
+    _loss,
+    embed,
+    make_generator,
+    make_networks,
+    make_views,
+    maps_of,
+    two_views,
+)
 
 # %% ../../nbs/paper/tour.ipynb #85fce1f3
 def _bytes(x):

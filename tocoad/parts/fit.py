@@ -31,9 +31,9 @@ from ..method.halving import halving
 from ..method.memory import SCORERS, Memory, anomaly_maps
 from ..method.pretrain import stream
 from ..run.compare import find_device
-from ..systems.settings import Config, ask_for_textures
 from ..run.keys import hardware, versions
 from ..run.source import code_hash
+from ..systems.settings import Config, ask_for_textures
 from ..systems.tocoad import embed, embed_batch, train
 
 # %% ../../nbs/parts/1_fit.ipynb #c271d52f
