@@ -129,7 +129,7 @@ def in_turn(targets, many) -> list: # many: `plan.Options`, or several side by s
 def _left(ts, store, seen):
     "The stages of a chain that would be computed, and are not counted yet"
     out = []
-    def need(t, tensors=False):
+    def need(t, tensors=False): # a task; whether its tensors are needed
         "Add a stage after those before it"
         if t.key in seen or store and store.record(t, tensors):
             return

@@ -125,7 +125,7 @@ def decide(
 # %% ../../nbs/paper/verdict.ipynb #5a8712e4
 def printed(claim:Claim) -> list: # of differences, points
     "The claim's differences in the paper's own numbers, where it prints both rows"
-    def said(row, m):
+    def said(row, m): # a row's name, a metric
         "A row's published mean, the frozen F's from Table 5"
         zero = published.cell(5, metric=m, ncl=False, dnp=False)
         if row == "frozen F":
