@@ -81,7 +81,7 @@ def read_flat(*place):
             '    "visa": Layout',
             '    "flat": Layout(holding("fine"), read_flat, "<category>/fine, faulty"),\n',
         ),
-        ("data/layouts.py", 'mvtec_ad=("mvtec",)', 'flat=("flat",), '),
+        ("data/sets.py", '    "mvtec_ad": DataSet(', '    "flat": DataSet("bolts", ("flat",)),\n'),
     ],
     "profile": [
         (
@@ -89,7 +89,7 @@ def read_flat(*place):
             '    "laptop": Config(',
             '    "quick": Config(profile="quick", **_LITE).replace(epochs1=1, epochs2=1),\n',
         ),
-        ("cli.py", '"laptop", "smoke")', '"quick", '),
+        ("cli.py", '"laptop", "smoke", "lab"]', '"quick", '),
     ],
     "system": [
         (
