@@ -11,7 +11,6 @@ from tocoad.data.load import load
 from tocoad.data.mini import write_mini
 from tocoad.method import features
 from tocoad.run import compare
-from tocoad.run import config as config_room
 from tocoad.run.config import config
 from tocoad.systems import tocoad as tocoad_room
 
@@ -57,7 +56,7 @@ def test_a_setting_reaches_what_it_names_and_nothing_before(washer, change, what
     shared = {k: change[k] for k in ("generator", "contrast", "epochs2") if k in change}
     base = config("smoke", **TINY | dict(resize=96) | shared)
     def trained(cfg):
-        c = config_room.resolved(cfg)
+        c = cfg.resolved()
         one = tocoad_room.stage1(c, washer, [], {}, "cpu", False)
         return one[1], tocoad_room.stage2(c, washer, [one], {}, "cpu", False)[1]
     washer = replace(washer, train=load(None, "mini", "washer", size=96).train[:8])
@@ -84,7 +83,7 @@ def test_the_image_score_may_be_the_maximum_of_the_map(washer):
 def test_coreset_settings_reach_the_memory(washer):
     idx = {}
     for name, change in dict(plain={}, projected=dict(project=8), starts=dict(starts=5)).items():
-        c = config_room.resolved(config("smoke", **TINY | change))
+        c = config("smoke", **TINY | change).resolved()
         idx[name] = tocoad_room.memory(c, washer, [], {}, "cpu", False)[1]["idx"].tolist()
     assert len({tuple(v) for v in idx.values()}) == 3 and len({len(v) for v in idx.values()}) == 1
 
@@ -93,12 +92,12 @@ def test_coreset_settings_reach_the_memory(washer):
                                                        ("pill", "none", "source"), ("candle", "both", "source")])
 def test_the_category_decides_where_the_settings_say_so(category, rotate, gradients):
     for profile in ("literal", "paper", "laptop"):
-        c = config_room.resolved(config(profile, category=category))
+        c = config(profile, category=category).resolved()
         assert (c.rotate, c.gradients) == ("both" if profile == "literal" else rotate, gradients)
         assert tocoad_room.make_generator(c.replace(generator="nsa")).gradients == gradients
-    G = tocoad_room.make_generator(config_room.resolved(config("laptop", category=category)))
+    G = tocoad_room.make_generator(config("laptop", category=category).resolved())
     assert G.rotate == rotate and G.label == "changed"
-    assert tocoad_room.make_generator(config_room.resolved(config("literal", textures="embedded"))).label == "full"
+    assert tocoad_room.make_generator(config("literal", textures="embedded").resolved()).label == "full"
 
 
 def test_bfloat16_changes_little_and_compilation_is_asked_for(washer, monkeypatch):

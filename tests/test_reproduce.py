@@ -470,7 +470,7 @@ def test_dry_run_counts_what_is_shared(say, tmp_path):
         (
             ["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--set", "mask=cast"],
             2,
-            "it speaks of a test set with masks",
+            "own parts have no data set",
         ),
         (["run", "--set", "lr_head=-1"], 2, "lr_head must be 0 or more"),
         (["run", "--set", "colour=nan"], 2, "colour must be 0 or more"),

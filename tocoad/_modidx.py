@@ -853,6 +853,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tocoad.run.report.machine': ('run/report.html#machine', 'tocoad/run/report.py'),
                                    'tocoad.run.report.mark': ('run/report.html#mark', 'tocoad/run/report.py'),
                                    'tocoad.run.report.named_seeds': ('run/report.html#named_seeds', 'tocoad/run/report.py'),
+                                   'tocoad.run.report.spanned': ('run/report.html#spanned', 'tocoad/run/report.py'),
                                    'tocoad.run.report.table': ('run/report.html#table', 'tocoad/run/report.py'),
                                    'tocoad.run.report.text': ('run/report.html#text', 'tocoad/run/report.py'),
                                    'tocoad.run.report.title': ('run/report.html#title', 'tocoad/run/report.py')},

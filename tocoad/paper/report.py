@@ -25,7 +25,7 @@ from ..measure.metrics import mean_std
 from . import published
 from .published import label
 from .training import summary
-from ..run.report import interval, machine, mark, named_seeds
+from ..run.report import interval, machine, mark, named_seeds, spanned
 
 # %% ../../nbs/paper/report.ipynb #aa006d09
 @dataclass
@@ -322,8 +322,7 @@ def flat(frame:pd.DataFrame, by:str=" ") -> pd.DataFrame: # by: between the name
 
 def _typeset(frames, name, title, notes):
     "Tables for HTML and LaTeX, the notes beneath the last"
-    from great_tables import GT
-    table = lambda f, k: GT(flat(f, "|").astype(str), id=f"{name}-{k}").tab_spanner_delim("|").cols_align("left")
+    table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
     out = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
     for n in notes:
         out[-1] = out[-1].tab_source_note(n)
