@@ -199,3 +199,15 @@ def test_as_a_process(tmp_path):
 
 def test_the_command_knows_the_profiles_there_are():
     assert get_args(cli.Profile) == tuple(config.PROFILES)
+
+
+def test_one_system_alone_trains_and_draws_nothing_of_training(tmp_path, capsys):
+    words = "run --systems frozen --set size=64 resize=64 --quiet".split()
+    assert main([*words, "--out", str(tmp_path/"out"), "--store", str(tmp_path/"store")]) == 0
+    record = json.loads((tmp_path/"out"/"mini_washer_smoke.json").read_text())
+    assert list(record["methods"]) == ["frozen"] and record["training"] == []
+    assert {p.name for p in (tmp_path/"out").iterdir()} == {"mini_washer_smoke.json", "mini_washer_smoke_maps.png"}
+    assert {p.name for p in (tmp_path/"store").iterdir() if p.is_dir()} == {"memory", "scores", "metrics"}
+    assert "_curves.png" not in capsys.readouterr().out
+    assert main(["run", "--systems", "frozn"]) == 2
+    assert "--systems cannot be 'frozn': take frozen, tocoad" in capsys.readouterr().err

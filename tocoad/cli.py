@@ -75,8 +75,10 @@ def _keep(result, out, as_json):
     stem = out/f"{c.dataset}_{c.category}_{c.profile}"
     write_json(record, f"{stem}.json")
     drawing.save(drawing.comparison_maps(result, report.title(record)), f"{stem}_maps.png")
-    drawing.save(report.curves(record), f"{stem}_curves.png")
-    notes = [*(f"Note: {n}" for n in result.data.notes), f"Written: {stem}.json, _maps.png, _curves.png"]
+    if record["training"]:
+        drawing.save(report.curves(record), f"{stem}_curves.png")
+    written = f"Written: {stem}.json, _maps.png" + ", _curves.png"*bool(record["training"])
+    notes = [*(f"Note: {n}" for n in result.data.notes), written]
     print(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *notes]), sep="\n")
 
 # %% ../nbs/cli.ipynb #ee0d50d0
