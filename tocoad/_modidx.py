@@ -478,6 +478,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tocoad.paper.budget.spend': ('paper/budget.html#spend', 'tocoad/paper/budget.py')},
             'tocoad.paper.drawing': { 'tocoad.paper.drawing.Tile': ('paper/drawing.html#tile', 'tocoad/paper/drawing.py'),
                                       'tocoad.paper.drawing.Tile.at': ('paper/drawing.html#tile.at', 'tocoad/paper/drawing.py'),
+                                      'tocoad.paper.drawing._intervals': ('paper/drawing.html#_intervals', 'tocoad/paper/drawing.py'),
                                       'tocoad.paper.drawing._over': ('paper/drawing.html#_over', 'tocoad/paper/drawing.py'),
                                       'tocoad.paper.drawing._rounded': ('paper/drawing.html#_rounded', 'tocoad/paper/drawing.py'),
                                       'tocoad.paper.drawing.ablation_forest': ( 'paper/drawing.html#ablation_forest',

@@ -155,6 +155,7 @@ def _chain(run, targets, o, store, kind):
     known, weights = json.loads(note.read_text()), compare.weights_id(run.cfg.backbone, run.cfg.weights)
     return chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind), known["images"], True
 
+# %% ../../nbs/paper/budget.ipynb #d9915b7d
 def outlook(targets, many, budget:float|None=None, rates=None) -> pd.DataFrame: # seconds; of `plan.rates_from`
     "What each run in its turn would take, hours and GB; stored runs take nothing"
     turns, seen, out = in_turn(targets, many), set(), []

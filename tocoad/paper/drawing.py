@@ -21,6 +21,17 @@ from .report import Results, gain, groups_of, lines, printed_metrics, shown
 from ..run.report import METHOD_NAMES
 
 # %% ../../nbs/paper/drawing.ipynb #e30d17fe
+def _intervals(ax, series, labels):
+    "The differences of some series around 0, a line each label"
+    ax.axvline(0, color="0.3", lw=.8)
+    for k, (what, points) in enumerate(series.items()):
+        d = np.array([(labels.index(l), d.mean, d.low, d.high) for l, d in points.items() if d is not None])
+        y, mean, low, high = d.reshape(-1, 4).T
+        ax.errorbar(mean, y + .7*((k + .5)/len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
+                    fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
+    ax.grid(axis="x", alpha=.25)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
 def forest(
     panels:dict, # heading -> series -> label -> `Interval` or None, per cent
     heading:str="",
@@ -32,15 +43,8 @@ def forest(
     fig = Figure(figsize=(9.5, 1.1 + .2*len(labels)*max(1, .55*many)), layout="constrained", dpi=80)
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (name, series) in zip(axes, panels.items(), strict=True):
-        ax.axvline(0, color="0.3", lw=.8)
-        for k, (what, points) in enumerate(series.items()):
-            d = np.array([(labels.index(l), d.mean, d.low, d.high) for l, d in points.items() if d is not None])
-            y, mean, low, high = d.reshape(-1, 4).T
-            ax.errorbar(mean, y + .7*((k + .5)/len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
-                        fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
+        _intervals(ax, series, labels)
         ax.set_title(name, fontsize=9)
-        ax.grid(axis="x", alpha=.25)
-        ax.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .4, -.6))
     handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
     fig.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
