@@ -110,3 +110,9 @@ def test_what_judges_counts_how_scores_and_maps_are_read():
     same = lambda **change: {s for s, k in key(**change).items() if key().get(s) == k}
     assert same(sigma=1.) == same(image_score="map") == {"stage1", "stage2", "memory", "scores"}
     assert same() == {"stage1", "stage2", "memory", "scores", "metrics"}
+
+
+def test_a_registry_that_no_setting_names_counts_whole():
+    "Something else chooses then, such as a default"
+    edited = NOW | {"method.nsa": changed(NOW["method.nsa"])}
+    assert touched(edited, {"no", "such", "entry"}) == {"stage1", "stage2", "tour"}

@@ -20,7 +20,7 @@ from .published import label
 from .report import Results, gain, groups_of, lines, printed_metrics, shown
 from ..run.report import METHOD_NAMES
 
-# %% ../../nbs/paper/drawing.ipynb #e30d17fe
+# %% ../../nbs/paper/drawing.ipynb #e30d17fd
 def _intervals(ax, series, labels):
     "The differences of some series around 0, a line each label"
     ax.axvline(0, color="0.3", lw=.8)
@@ -32,6 +32,7 @@ def _intervals(ax, series, labels):
     ax.grid(axis="x", alpha=.25)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
+# %% ../../nbs/paper/drawing.ipynb #e30d17fe
 def forest(
     panels:dict, # heading -> series -> label -> `Interval` or None, per cent
     heading:str="",

@@ -108,10 +108,11 @@ REGISTRIES = { # tables from a setting's value to a component
     "method.discriminator.LOSSES", "method.memory.PATCHES", "method.memory.SCORERS", "method.weights.BACKBONES"}
 
 def _entries(statement, chosen):
-    "The entries of a dict that some settings name"
+    "The entries of a dict that some settings name; all if they name none, since something else chooses then"
     d = statement.value
-    pairs = ((k.value, v) for k, v in zip(d.keys, d.values, strict=True))
-    return [ast.Tuple([ast.Constant(k), v]) for k, v in pairs if k in chosen]
+    pairs = [(k.value, v) for k, v in zip(d.keys, d.values, strict=True)]
+    named = [(k, v) for k, v in pairs if k in chosen] or pairs
+    return [ast.Tuple([ast.Constant(k), v]) for k, v in named]
 
 def _statements(room, name, texts, chosen):
     "What a name stands for, of a registry only what is chosen"
