@@ -17,13 +17,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput
+from ..files import folder_state
 from . import plan, published
 from .plan import METRICS, TRAINING, Options, _kind, _make, datasets, find, options, places, stages_of
 from .report import Results
 from .rows import FROZEN
 from .training import became
 from ..run.config import config, settings
-from ..run.keys import STAGES, computed_by, folder_stat, scored
+from ..run.keys import STAGES, computed_by, scored
 from ..run.source import code_of, fingerprint
 from ..run.store import Store, write_json
 from ..systems.system import SYSTEMS
@@ -43,10 +44,10 @@ def sheet_path(
 ) -> Path: # of a file that may not exist
     "Where the sheet of a target lies, named by all it depends on"
     at = {g: folder and folder/g[1] for g, folder in places(target, o).items()}
-    here = [(*g, str(folder and folder.resolve()), folder and folder_stat(folder)) for g, folder in at.items()]
+    here = [(*g, str(folder and folder.resolve()), folder and folder_state(folder)) for g, folder in at.items()]
     base = config(o.profile, **settings(o.settings))
     files = [(p, Path(p).stat().st_mtime_ns) for p in (base.weights,) if Path(p).is_file()]
-    files += [folder_stat(p) for p in (base.textures,) if p and Path(p).is_dir()]
+    files += [folder_state(p) for p in (base.textures,) if p and Path(p).is_dir()]
     by, names = computed_by(base.precision, _kind(o.device)), [r.name for r in o.rows(target)]
     made_from = [target, o.profile, o.settings, o.seeds, o.categories, names, here, files, by, _code(target, o)]
     return store.root/"sheets"/f"{target}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}.json"
@@ -123,7 +124,7 @@ def _note(store, folder, c):
     "Where the store notes the fingerprint of a category's images"
     dataset, category = c.dataset, c.category
     here = folder and folder/category
-    at = [dataset, category, c.resize, c.shorter, c.mask, here and str(here.resolve()), here and folder_stat(here)]
+    at = [dataset, category, c.resize, c.shorter, c.mask, here and str(here.resolve()), here and folder_state(here)]
     return store.root/"data"/f"{dataset}-{category}-{hashlib.sha256(json.dumps(at).encode()).hexdigest()[:16]}.json"
 
 def where(
