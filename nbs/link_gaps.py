@@ -53,11 +53,11 @@ def linked(
 
 def path_from(nb, nbs):
     "Where the list is as seen from a notebook; README.md, made of the index, lies one folder higher"
-    if nb == nbs/LIST:
+    if nb == nbs / LIST:
         return ""
-    if nb == nbs/"index.ipynb":
+    if nb == nbs / "index.ipynb":
         return f"{nbs.name}/{LIST}"
-    return Path(os.path.relpath(nbs/LIST, nb.parent)).as_posix()
+    return Path(os.path.relpath(nbs / LIST, nb.parent)).as_posix()
 
 
 def main(folders):

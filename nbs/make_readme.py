@@ -8,7 +8,7 @@ from nbconvert import MarkdownExporter
 
 here = Path(__file__).parent
 out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parent
-nb = nbformat.read(here/"index.ipynb", 4)
+nb = nbformat.read(here / "index.ipynb", 4)
 nb.metadata["language_info"] = {"name": "python"}
 nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and re.search(r"^#\|\s*hide", c.source, re.M))]
 for c in nb.cells:
@@ -19,6 +19,6 @@ text = re.sub(r"```python\s*```\n", "", text)
 seen = "a normal image, a pseudo-anomaly and its mask, D's probability, two views, a defect and its anomaly map"
 text = text.replace("![png]", f"![{seen}]")
 for name, data in resources["outputs"].items():
-    (out/name).parent.mkdir(parents=True, exist_ok=True)
-    (out/name).write_bytes(data)
-(out/"README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_bytes(data)
+(out / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")

@@ -12,13 +12,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ: # the workers inherit what the first
     os.environ |= dict(TOCOAD_STORE=f"{PLACE.name}/store", TOCOAD_CACHE=f"{PLACE.name}/cache")
 
 collect_ignore = ["test_bad_input.py", "test_reproduce.py"] if os.name == "nt" else [] # limits and kills of POSIX
-REAL = Path(os.environ.get("TOCOAD_DATA", Path(__file__).parents[2]/"shared"/"data"))
+REAL = Path(os.environ.get("TOCOAD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
 def real():
     "Folder with real images for development; tests that need it are skipped without it"
-    if not (REAL/"mvtec_ad"/"bottle").is_dir():
+    if not (REAL / "mvtec_ad" / "bottle").is_dir():
         pytest.skip("no real images here; set TOCOAD_DATA to a folder that holds mvtec_ad/bottle")
     return REAL
 
@@ -29,8 +29,8 @@ def shared(tmp_path_factory, worker_id):
     top = tmp_path_factory.getbasetemp()
     top = top if worker_id == "master" else top.parent
     def shared(name, make):
-        folder, done = top/name, top/f"{name}.done"
-        with FileLock(top/f"{name}.lock"):
+        folder, done = top / name, top / f"{name}.done"
+        with FileLock(top / f"{name}.lock"):
             if not done.exists():
                 folder.mkdir()
                 make(folder)

@@ -20,5 +20,5 @@ def seen(f, seed=0):
         im = im.convert("RGB").quantize(64)
     a = np.array(im.convert("RGB"))
     if f.how == "glass":
-        a[:, :a.shape[1]//8] = 255 # white shows through
+        a[:, :a.shape[1] // 8] = 255 # white shows through
     return a, m & (f.label and f.ink != "empty")

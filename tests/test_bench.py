@@ -16,12 +16,12 @@ from tocoad.data.errors import BadInput
 from tocoad.run.config import config
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/"nbs"/"bench"))
+sys.path.insert(0, str(ROOT / "nbs" / "bench"))
 import measuring  # noqa: E402
 from measuring import goals, growth, race, result  # noqa: E402
 
 
-def nap(ms): return lambda: time.sleep(ms/1000)
+def nap(ms): return lambda: time.sleep(ms / 1000)
 
 
 def test_the_first_call_warms_up():
@@ -65,7 +65,7 @@ def test_a_machine_that_becomes_slow_hits_both_runners():
     "The clock runs three times as fast in the second round; the ratio of the pairs stays"
     now, speed = [0.], iter([1, 1, 3, 3, 1, 1])
     def runner(n):
-        def f(): now[0] += n*next(speed)
+        def f(): now[0] += n * next(speed)
         return f
     drift = race("drift", runner(1), {"four": runner(4)}, repeats=3, warm=0, clock=lambda: now[0])[0]
     assert [drift[k] for k in ("low", "ratio", "high")] == [4, 4, 4]
@@ -73,7 +73,7 @@ def test_a_machine_that_becomes_slow_hits_both_runners():
 
 def test_no_product_beats_the_rate_by_much():
     rate, x = measuring.matmul_rate(shape=(1024, 512, 1024), seconds=.3), torch.rand(1024, 256)
-    assert rate > 1e9 and 2*1024**2*256/min(measuring.timed(lambda: x @ x.T, 5)) < 3*rate
+    assert rate > 1e9 and 2 * 1024**2 * 256 / min(measuring.timed(lambda: x @ x.T, 5)) < 3 * rate
 
 
 def test_goals_tables_and_words(tmp_path):
@@ -97,7 +97,7 @@ def test_goals_tables_and_words(tmp_path):
     two.head["quick"] = False
     two.save()
     with pytest.raises(BadInput, match="run `tocoad bench three`"):
-        measuring.load([tmp_path/"bench"/"three.json"])
+        measuring.load([tmp_path / "bench" / "three.json"])
     both = measuring.load(files)
     assert [r["name"] for r in both["results"]] == ["nap", "coreset.bottle", "help"]
     said = measuring.text(both)
@@ -111,7 +111,7 @@ def test_goals_tables_and_words(tmp_path):
 def test_copies_side_by_side_compute_the_same(stage):
     tiny = config("smoke", size=32, resize=32, batch=4, width=16)
     alone, together = (measuring.training_rate(stage, tiny, copies=k, n=8, epochs=2, threads=1) for k in (1, 2))
-    assert together[1] == alone[1]*2 and min(alone[0], together[0]) > 0
+    assert together[1] == alone[1] * 2 and min(alone[0], together[0]) > 0
 
 
 def test_how_busy_a_device_is():
@@ -121,7 +121,7 @@ def test_how_busy_a_device_is():
         while time.process_time() < end:
             pass
     idle, full = measuring.busy(nap(100)), measuring.busy(spin)
-    assert idle < .2 and full > 5*idle
+    assert idle < .2 and full > 5 * idle
 
 
 def test_how_cost_grows(monkeypatch):
@@ -129,11 +129,11 @@ def test_how_cost_grows(monkeypatch):
     clock, takes = advancing()
     with monkeypatch.context() as m:
         m.setattr(measuring, "timed", partial(measuring.timed, clock=clock))
-        naps = growth("scaling.nap", lambda n: takes(4*n), [1, 2, 4, 8], expected=1)
-        square = growth("scaling.square", lambda n: takes(2*n*n), [2, 4, 8], expected=1)
+        naps = growth("scaling.nap", lambda n: takes(4 * n), [1, 2, 4, 8], expected=1)
+        square = growth("scaling.square", lambda n: takes(2 * n * n), [2, 4, 8], expected=1)
     assert abs(naps["excess"]) < 1e-9 and goals(naps) == [("exponent as expected", True)]
     assert goals(square) == [("exponent as expected", False)]
-    def filling(n): return lambda: np.ones(n*1_000_000).sum()
+    def filling(n): return lambda: np.ones(n * 1_000_000).sum()
     line, flat = (growth("scaling.fill", filling, [5, 10, 20], 1, m, repeats=0) for m in (1, 0))
     assert abs(line["memory_exponent"] - 1) < .1
     assert [dict(goals(r))["memory's too"] for r in (line, flat)] == [True, False]
@@ -160,8 +160,8 @@ def test_bench_runs_and_writes(capsys, tmp_path):
     status, out, err = say(capsys, "bench", "memory", "metrics", "training", *words)
     assert (status, err) == (0, "")
     three = {"memory.json", "metrics.json", "training.json"}
-    assert {p.name for p in (tmp_path/"bench").iterdir()} == three | {"bench.json", "bench.png", "bench.txt"}
-    b = json.loads((tmp_path/"bench"/"bench.json").read_text())
+    assert {p.name for p in (tmp_path / "bench").iterdir()} == three | {"bench.json", "bench.png", "bench.txt"}
+    b = json.loads((tmp_path / "bench" / "bench.json").read_text())
     assert {"hardware", "versions", "results"} <= set(b) and b["quick"]
     assert b["hardware"]["cores"] >= 1 and b["versions"]["torch"]
     names = {"coreset.bottle", "neighbours.bottle", "metrics.5m", "auroc.29m", "stage1.smoke", "stage2.smoke"}
@@ -203,18 +203,18 @@ def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
     from tocoad.run.keys import STAGES, computed_by
     c, hours = config("paper"), []
     arithmetic = computed_by(c.precision, "cuda")["arithmetic"]
-    (tmp_path/"bottle").mkdir()
+    (tmp_path / "bottle").mkdir()
     for seconds in (1e-2, 5e-3):
         rates = [[s, c.backbone, arithmetic, c.size, "cuda", seconds] for s in STAGES]
-        (tmp_path/"bench.json").write_text(json.dumps(dict(rates=rates)))
+        (tmp_path / "bench.json").write_text(json.dumps(dict(rates=rates)))
         status, out, err = say(capsys, "reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--set",
-                               "textures=embedded", "--device", "cuda", "--dry-run", "--rates", tmp_path/"bench.json")
+                               "textures=embedded", "--device", "cuda", "--dry-run", "--rates", tmp_path / "bench.json")
         assert (status, err) == (0, "")
         found = re.search(r"with all categories of the paper: about ([\d.]+) hours", out)
         hours.append(float(found[1]))
         assert "(from measured rates)" in out
-    assert abs(hours[0]/hours[1] - 2) < .05, hours
-    status, out, err = say(capsys, "reproduce", "table1", "--dry-run", "--rates", tmp_path/"nothing.json")
+    assert abs(hours[0] / hours[1] - 2) < .05, hours
+    status, out, err = say(capsys, "reproduce", "table1", "--dry-run", "--rates", tmp_path / "nothing.json")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "nothing.json holds no rates: measure them with `tocoad bench gpu`" in err
 
@@ -244,7 +244,7 @@ def test_a_generator_has_to_be_small_beside_the_step():
     numpy, cv = "NumPy, image by image", "OpenCV seamlessClone, image by image"
     for name, loop, least in (("perlin", numpy, 3), ("cutpaste", numpy, 1), ("nsa", cv, 1)):
         assert of(f"{name}.16", "F and D alone", 11) == [True] and of(f"{name}.16", "F and D alone", 9) == [False]
-        assert of(f"{name}.16", loop, least) == [True] and of(f"{name}.16", loop, .9*least) == [False]
+        assert of(f"{name}.16", loop, least) == [True] and of(f"{name}.16", loop, .9 * least) == [False]
         assert f'"{name}.16"' in source("generators")
     assert '"F and D alone": step' in source("generators") and of("views.16", "torchvision, image by image", .1) == []
 
@@ -253,9 +253,9 @@ def test_a_generator_has_to_be_small_beside_the_step():
     (["memry"], "a benchmark cannot be 'memry': take memory"),
     (["memory", "--root", "nowhere"], "there is no folder nowhere")])
 def test_bad_input_is_one_sentence(capsys, tmp_path, words, sentence):
-    status, out, err = say(capsys, "bench", *words, "--out", tmp_path/"out")
+    status, out, err = say(capsys, "bench", *words, "--out", tmp_path / "out")
     assert (status, out, err.count("\n")) == (2, "", 1) and sentence in err
-    assert not (tmp_path/"out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_notebook_is_named(capsys, tmp_path, monkeypatch):
@@ -263,9 +263,9 @@ def test_a_failing_notebook_is_named(capsys, tmp_path, monkeypatch):
     for c in bad["cells"]:
         if "Bench(" in "".join(c["source"]):
             c["source"] = "raise RuntimeError('no such luck')"
-    (tmp_path/"memory.ipynb").write_text(json.dumps(bad))
-    monkeypatch.setattr(bench, "notebook_of", lambda n: tmp_path/f"{n}.ipynb")
-    status, out, err = say(capsys, "bench", "memory", "--quick", "--out", tmp_path/"out", "--quiet")
+    (tmp_path / "memory.ipynb").write_text(json.dumps(bad))
+    monkeypatch.setattr(bench, "notebook_of", lambda n: tmp_path / f"{n}.ipynb")
+    status, out, err = say(capsys, "bench", "memory", "--quick", "--out", tmp_path / "out", "--quiet")
     assert (status, out, err.count("\n")) == (1, "", 1) and "no such luck" in err
     assert err.startswith("tocoad: memory: memory.ipynb failed in cell")
-    assert not (tmp_path/"out"/"bench"/"bench.json").exists()
+    assert not (tmp_path / "out" / "bench" / "bench.json").exists()

@@ -24,7 +24,7 @@ WASHER = ["--category", "washer"]
 
 @pytest.fixture(scope="session")
 def mini_root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mini")/"set"
+    root = tmp_path_factory.mktemp("mini") / "set"
     write_mini(root, size=64)
     return root
 
@@ -32,8 +32,8 @@ def mini_root(tmp_path_factory):
 @pytest.fixture
 def root(mini_root, tmp_path):
     "A copy of one category that a test may damage"
-    shutil.copytree(mini_root/"washer", tmp_path/"set"/"washer")
-    return tmp_path/"set"
+    shutil.copytree(mini_root / "washer", tmp_path / "set" / "washer")
+    return tmp_path / "set"
 
 
 def run(capsys, *words):
@@ -55,7 +55,7 @@ def fails(capsys, status, *words, says):
 
 
 def test_record(capsys, root, tmp_path):
-    status, out, err = smoke(capsys, root, tmp_path/"out", "--json", "--seeds", 0, 1)
+    status, out, err = smoke(capsys, root, tmp_path / "out", "--json", "--seeds", 0, 1)
     assert status == 0, err
     r = json.loads(out)
     assert {"profile", "dataset", "category", "seeds", "hardware", "config", "methods"} <= set(r)
@@ -70,12 +70,12 @@ def test_record(capsys, root, tmp_path):
                 assert d["mean"] == pytest.approx(m[k]["mean"] - r["methods"]["frozen"][k]["mean"], abs=1e-3)
     assert "difference" not in r["methods"]["frozen"]
     endings = (".json", "_curves.png", "_maps.png")
-    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [f"own_washer_smoke{e}" for e in endings]
-    assert json.loads((tmp_path/"out"/"own_washer_smoke.json").read_text())["methods"] == r["methods"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"own_washer_smoke{e}" for e in endings]
+    assert json.loads((tmp_path / "out" / "own_washer_smoke.json").read_text())["methods"] == r["methods"]
 
 
 def test_table(capsys, root, tmp_path):
-    status, out, _ = smoke(capsys, root, tmp_path/"out")
+    status, out, _ = smoke(capsys, root, tmp_path / "out")
     assert status == 0 and "smoke: shows that it runs, is no result" in out
     for word in ("frozen F", "contrastive only", "two-stage", "image AUROC", "AUPRO", "Δ pixel AUROC"):
         assert word in out
@@ -84,10 +84,10 @@ def test_table(capsys, root, tmp_path):
 @pytest.mark.parametrize("layout", ("visa", "btad", "mvtec_ad_2", "kolektor_sdd", "magnetic_tile", "folder"))
 def test_other_layouts(capsys, tmp_path, layout):
     "Recognised, said, named in the record; MVTec AD 2 is not cropped"
-    name = recognise(write_layout(tmp_path/"set", layout, traps=True)).categories[0]
+    name = recognise(write_layout(tmp_path / "set", layout, traps=True)).categories[0]
     whole = layout == "mvtec_ad_2"
     quick = [*QUICK[:-2], *(["resize=160"] if whole else ["resize=64", "size=32"])]
-    status, out, err = smoke(capsys, tmp_path/"set", tmp_path/"out", "--json", category=name, quick=quick)
+    status, out, err = smoke(capsys, tmp_path / "set", tmp_path / "out", "--json", category=name, quick=quick)
     assert status == 0, err
     r = json.loads(out)
     assert r["dataset"] == dict(folder="own").get(layout, layout) and r["config"]["size"] == (160 if whole else 32)
@@ -95,7 +95,7 @@ def test_other_layouts(capsys, tmp_path, layout):
 
 
 def test_same_seed_same_record(capsys, root, tmp_path):
-    a, b = (json.loads(smoke(capsys, root, tmp_path/"out", "--json")[1]) for _ in range(2))
+    a, b = (json.loads(smoke(capsys, root, tmp_path / "out", "--json")[1]) for _ in range(2))
     assert a["methods"] == b["methods"] and a["data"] == b["data"]
 
 
@@ -116,7 +116,7 @@ def test_same_seed_same_record(capsys, root, tmp_path):
     (1, ["--root", "{root}", *WASHER, "--profile", "smoke", *QUICK, "lr2=1e30"], ["smaller rate"])])
 def test_mistakes(capsys, root, tmp_path, status, words, says):
     words = [w.format(root=root, tmp=tmp_path) for w in words]
-    fails(capsys, status, "--out", tmp_path/"out", *words, says=says)
+    fails(capsys, status, "--out", tmp_path / "out", *words, says=says)
 
 
 @pytest.mark.parametrize("words,says", [
@@ -140,36 +140,36 @@ def test_settings_add_up(capsys):
 
 
 def test_empty_train(capsys, root, tmp_path):
-    for p in (root/"washer"/"train"/"good").iterdir():
+    for p in (root / "washer" / "train" / "good").iterdir():
         p.unlink()
-    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path/"out", says=["train", "good"])
+    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path / "out", says=["train", "good"])
 
 
 def test_corrupt_image(capsys, root, tmp_path):
-    bad = sorted((root/"washer"/"train"/"good").iterdir())[3]
+    bad = sorted((root / "washer" / "train" / "good").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:200])
-    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path/"out", says=[bad.name])
+    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path / "out", says=[bad.name])
 
 
 def test_mask_of_another_size(capsys, root, tmp_path):
-    mask = sorted((root/"washer"/"ground_truth").rglob("*.png"))[0]
+    mask = sorted((root / "washer" / "ground_truth").rglob("*.png"))[0]
     Image.fromarray(np.zeros((10, 12), np.uint8)).save(mask)
     says = [mask.name, "12 x 10", "64 x 64"]
-    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path/"out", says=says)
+    fails(capsys, 1, "--root", root, *WASHER, "--out", tmp_path / "out", says=says)
 
 
 def test_no_masks(capsys, root, tmp_path):
-    shutil.rmtree(root/"washer"/"ground_truth")
-    status, out, err = smoke(capsys, root, tmp_path/"out")
+    shutil.rmtree(root / "washer" / "ground_truth")
+    status, out, err = smoke(capsys, root, tmp_path / "out")
     assert status == 0 and "mask" in out.split("Note:", 1)[1], err
-    tuned = json.loads(smoke(capsys, root, tmp_path/"out", "--json")[1])["methods"]["two_stage"]
+    tuned = json.loads(smoke(capsys, root, tmp_path / "out", "--json")[1])["methods"]["two_stage"]
     assert tuned["image_auroc"]["mean"] is not None and "pixel_auroc" not in tuned
     assert list(tuned["difference"]) == ["image_auroc"]
 
 
 def test_output_folder_is_a_file(capsys, tmp_path):
-    (tmp_path/"out").write_text("")
-    fails(capsys, 1, "--out", tmp_path/"out", says=["out", "--out"])
+    (tmp_path / "out").write_text("")
+    fails(capsys, 1, "--out", tmp_path / "out", says=["out", "--out"])
 
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -177,7 +177,7 @@ ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 @pytest.mark.skipif(ROOT and not shutil.which("chattr"), reason="root may write anywhere")
 def test_read_only_output(capsys, tmp_path):
-    out = tmp_path/"out"
+    out = tmp_path / "out"
     out.mkdir()
     if not ROOT:
         out.chmod(0o500)
@@ -192,8 +192,8 @@ def test_read_only_output(capsys, tmp_path):
 
 def test_as_a_process(tmp_path):
     "Through the installed command: status, streams, and nothing but the sentence"
-    command = [str(Path(sys.executable).parent/"tocoad"), "run", "--root", str(tmp_path/"no"), "--category", "x"]
-    p = subprocess.run([*command, "--out", str(tmp_path/"o")], capture_output=True, text=True)
+    command = [str(Path(sys.executable).parent / "tocoad"), "run", "--root", str(tmp_path / "no"), "--category", "x"]
+    p = subprocess.run([*command, "--out", str(tmp_path / "o")], capture_output=True, text=True)
     assert p.returncode == 1 and p.stdout == "" and p.stderr.startswith("tocoad: ") and p.stderr.count("\n") == 1
 
 
@@ -203,11 +203,11 @@ def test_the_command_knows_the_profiles_there_are():
 
 def test_one_system_alone_trains_and_draws_nothing_of_training(tmp_path, capsys):
     words = "run --systems frozen --set size=64 resize=64 --quiet".split()
-    assert main([*words, "--out", str(tmp_path/"out"), "--store", str(tmp_path/"store")]) == 0
-    record = json.loads((tmp_path/"out"/"mini_washer_smoke.json").read_text())
+    assert main([*words, "--out", str(tmp_path / "out"), "--store", str(tmp_path / "store")]) == 0
+    record = json.loads((tmp_path / "out" / "mini_washer_smoke.json").read_text())
     assert list(record["methods"]) == ["frozen"] and record["training"] == []
-    assert {p.name for p in (tmp_path/"out").iterdir()} == {"mini_washer_smoke.json", "mini_washer_smoke_maps.png"}
-    assert {p.name for p in (tmp_path/"store").iterdir() if p.is_dir()} == {"memory", "scores", "metrics"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"mini_washer_smoke.json", "mini_washer_smoke_maps.png"}
+    assert {p.name for p in (tmp_path / "store").iterdir() if p.is_dir()} == {"memory", "scores", "metrics"}
     assert "_curves.png" not in capsys.readouterr().out
     assert main(["run", "--systems", "frozn"]) == 2
     assert "--systems cannot be 'frozn': take frozen, tocoad" in capsys.readouterr().err

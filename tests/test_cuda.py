@@ -66,11 +66,11 @@ def washer():
 def bank():
     "Patches that lie in a few directions, as real ones do, the last of them not near any other"
     g = torch.Generator().manual_seed(0)
-    return torch.randn(3000, 6, generator=g) @ torch.randn(6, 48, generator=g) + .3*torch.randn(3000, 48, generator=g)
+    return torch.randn(3000, 6, generator=g) @ torch.randn(6, 48, generator=g) + .3 * torch.randn(3000, 48, generator=g)
 
 
 def new(seed=0): return torch.Generator().manual_seed(seed)
-def far(x, y): return ((x.cpu().double() - y.cpu().double()).norm()/y.cpu().double().norm()).item()
+def far(x, y): return ((x.cpu().double() - y.cpu().double()).norm() / y.cpu().double().norm()).item()
 
 
 def parts(device, **changes):
@@ -119,8 +119,8 @@ def test_generators_make_the_same_of_the_same_draws(device, washer, name):
         again = G(washer.to(device), new(seed))
         assert a.device.type == y.device.type == device and z.any()
         assert torch.equal(a, again[0]) and torch.equal(y, again[1]), "the same seed twice"
-        off = (y.cpu() != z) | ((a.cpu() - b).abs().amax(1) > .1/255)
-        assert off.sum() <= off.numel()/10_000
+        off = (y.cpu() != z) | ((a.cpu() - b).abs().amax(1) > .1 / 255)
+        assert off.sum() <= off.numel() / 10_000
 
 
 NETWORKS = {"tf_efficientnet_lite0": "imagenet", "wide_resnet50_2": "random"}
@@ -224,13 +224,13 @@ def by_hand(bank, Q, b):
     s, nearest = d.min(1)
     near = own[nearest].argsort(1)[:, :b]
     E = d.gather(1, near).exp()
-    return s, (1 - s.exp()/E.sum(1))*s
+    return s, (1 - s.exp() / E.sum(1)) * s
 
 
 @DEVICES
 def test_search_scorers_and_maps(device, bank):
     "float32 beside float64: sums of 48 squares, differences and a logarithm, maps as two products with 49 terms"
-    Q = bank[:2*49].roll(1, 0)*1.1
+    Q = bank[:2 * 49].roll(1, 0) * 1.1
     M = Memory(bank[200:].to(device))
     d, idx = M.search(Q.to(device), 5)
     true = torch.cdist(Q.double(), bank[200:].double()).sort(1)
@@ -251,7 +251,7 @@ def test_pixel_metrics(device):
     masks = torch.zeros(6, 56, 56, dtype=torch.bool)
     masks[3:, 10:30, 20:40] = True
     touched = torch.nn.functional.adaptive_max_pool2d(masks.float(), 7).flatten(1)
-    scores = torch.rand(6, 49, generator=new()) + 2*touched
+    scores = torch.rand(6, 49, generator=new()) + 2 * touched
     def judged(device):
         s = scores.to(device)
         maps = anomaly_maps(s, (7, 7), 56)
@@ -266,7 +266,7 @@ def test_one_category_from_end_to_end(device, tmp_path):
     "Both stages, memory, scores, metrics and the tour of Figures 1-5. Patches moved by 1e-6 moved the scores by 4e-7"
     cfg = config.config("smoke", size=64, resize=64, width=64, epochs1=1, epochs2=1, batch=16)
     data = load(None, "mini", "washer", 64)
-    store, run = store_room.Store(tmp_path/"store"), partial(compare.compare, cfg, data=data, progress=False)
+    store, run = store_room.Store(tmp_path / "store"), partial(compare.compare, cfg, data=data, progress=False)
     found = run(device=device, methods=("frozen", "two_stage"), store=store)
     known = run(device="cpu", methods=("frozen",))
     assert np.isfinite(found.rows.drop(columns=["method", "seed"]).to_numpy(float)).all() and len(found.rows) == 2
@@ -360,7 +360,7 @@ def room(device, f, megabytes, rows):
         return
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + megabytes*2**20)/total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + megabytes * 2**20) / total)
     try:
         yield f
     finally:
@@ -386,7 +386,7 @@ def test_little_memory_halves_the_images(device, monkeypatch, caplog):
 def test_little_memory_halves_the_search(device, bank, caplog):
     "Distances of 4,096 patches to 30,000 take 490 MB and their order as much again; 400 are there"
     stored = bank.repeat(10 if device == "cuda" else 1, 1)
-    M, Q = Memory(stored.to(device)), bank.repeat(2, 1)[:4096].to(device)*1.1
+    M, Q = Memory(stored.to(device)), bank.repeat(2, 1)[:4096].to(device) * 1.1
     expected = M.search(Q[:50])[0]
     find = M._find
     with room(device, lambda q: find(q, 1), 400, 1000) as f, caplog.at_level(logging.WARNING):

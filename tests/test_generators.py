@@ -253,7 +253,7 @@ def test_poisson_blending_is_the_dense_solution(h, w, margin, gradients):
         inside &= torch.hypot(step(src, 0), step(src, 1)) > torch.hypot(step(dst, 0), step(dst, 1))
     v = [torch.where(inside, step(src, k), step(dst, k)) for k in (0, 1)]
     n = [[y * (w - 2) + x for x in range(w - 2)] for y in range(h - 2)]
-    unknowns = (h - 2)*(w - 2)
+    unknowns = (h - 2) * (w - 2)
     A, b = torch.zeros(unknowns, unknowns, dtype=torch.float64), torch.zeros(unknowns, dtype=torch.float64)
     for y in range(h - 2):
         for x in range(w - 2):

@@ -123,15 +123,15 @@ def test_a_registry_that_no_setting_names_counts_whole():
 def test_a_copy_of_the_textures_elsewhere_has_the_same_keys_and_others_of_their_size_and_date_have_not(tmp_path):
     def stage1(folder):
         return chain(config.config("smoke").replace(textures=str(folder)), "d", "w")["stage1"].key
-    first, second = tmp_path/"first", tmp_path/"second"
+    first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     for name in ("a.png", "b.png"):
-        (first/name).write_bytes(name.encode())
+        (first / name).write_bytes(name.encode())
     shutil.copytree(first, second)
-    os.utime(second/"a.png", (1, 1))
+    os.utime(second / "a.png", (1, 1))
     assert stage1(first) == stage1(second)
-    before = (second/"a.png").stat()
-    (tmp_path/"other").write_bytes(b"c.png")
-    os.utime(tmp_path/"other", ns=(before.st_atime_ns, before.st_mtime_ns))
-    os.replace(tmp_path/"other", second/"a.png")
+    before = (second / "a.png").stat()
+    (tmp_path / "other").write_bytes(b"c.png")
+    os.utime(tmp_path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(tmp_path / "other", second / "a.png")
     assert stage1(first) != stage1(second)

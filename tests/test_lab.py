@@ -17,8 +17,8 @@ from tocoad.run.config import config
 from tocoad.run.store import Store
 from tocoad.systems.system import PARTS
 
-LAB = Path(__file__).parents[1]/"nbs"/"lab"
-PAGE = ["".join(c["source"]) for c in json.loads((LAB/"change_one_thing.ipynb").read_text(encoding="utf-8"))["cells"]]
+LAB = Path(__file__).parents[1] / "nbs" / "lab"
+PAGE = ["".join(c["source"]) for c in json.loads((LAB / "change_one_thing.ipynb").read_text(encoding="utf-8"))["cells"]]
 SOLUTIONS = re.findall(r"<details>.*?```python\n(.*?)```", "\n".join(PAGE), re.S)
 TINY = dict(epochs1=1, epochs2=1, width=32, resize=64, size=64)
 METRICS = ["image_auroc", "pixel_auroc"]
@@ -28,7 +28,7 @@ METRICS = ["image_auroc", "pixel_auroc"]
 def solution(tmp_path):
     "What the n-th folded solution binds to `mine`, from a file, so that keys can read its source"
     def solve(n):
-        path = tmp_path/f"solution_{n}.py"
+        path = tmp_path / f"solution_{n}.py"
         path.write_text("import torch\nfrom tocoad.method.perlin import changed\n" + SOLUTIONS[n - 1])
         spec = spec_from_file_location(path.stem, path)
         module = module_from_spec(spec)
@@ -45,7 +45,7 @@ def other_start(X, ratio, generator):
 
 def blind(X, ratio, generator):
     "A random choice of as many patches: leaves out rare ones"
-    return torch.randperm(len(X), generator=generator)[:int(len(X)*ratio)]
+    return torch.randperm(len(X), generator=generator)[:int(len(X) * ratio)]
 
 
 def frozen(seeds, **parts):
@@ -58,7 +58,7 @@ def frozen(seeds, **parts):
 
 def test_every_category_of_the_lab_has_enough_images():
     train, good, each = SETS["lab"]
-    assert train >= 64 and all(good + each*len(mini_defects(c)) >= 200 for c in MINI)
+    assert train >= 64 and all(good + each * len(mini_defects(c)) >= 200 for c in MINI)
 
 
 def test_a_planted_loss_is_found_with_one_seed(solution):
@@ -85,7 +85,7 @@ def test_both_stages_of_the_lab_learn():
     result = compare(cfg, (0, 1, 2), {"unchanged": {}}, device="cpu", store=Store(), progress=False)
     for log in result.logs.values():
         first, last = log["stage1"][0]["L_dis"], log["stage1"][-1]["L_dis"]
-        assert last < first/2 and log["discriminator_auroc"] > .8
+        assert last < first / 2 and log["discriminator_auroc"] > .8
         assert log["stage2"][-1]["L_sym"] < log["stage2"][0]["L_sym"] - .1
 
 
@@ -95,7 +95,7 @@ def test_the_page_is_short_and_each_exercise_is_solved(solution):
     data = load(None, "mini", "washer", size=64)
     parts = {f"solution {n}": solution(n) for n in (1, 2, 3)}
     assert all(set(p) <= set(PARTS) for p in parts.values())
-    check_generator(parts["solution 3"]["generator"], data.train.images[:4].float()/255)
+    check_generator(parts["solution 3"]["generator"], data.train.images[:4].float() / 255)
     methods = {"unchanged": {}} | {k: dict(parts=p) for k, p in parts.items()}
     rows = compare(cfg, (0,), methods, data=data, device="cpu", progress=False).rows.set_index("method")[METRICS]
     assert rows.notna().all(axis=None) and not rows.duplicated().any()
@@ -106,6 +106,6 @@ def test_the_page_is_short_and_each_exercise_is_solved(solution):
     ("before_you_believe_it", dict(ideas=2, others=["grass"])),
     ("for_contributors", {})])
 def test_notebook_runs_small(name, given, tmp_path):
-    given = given | dict(seeds=[0, 1] if name.startswith("before") else [0], store=str(tmp_path/"store"))
-    papermill.execute_notebook(str(LAB/f"{name}.ipynb"), str(tmp_path/"done.ipynb"), given, cwd=str(LAB),
+    given = given | dict(seeds=[0, 1] if name.startswith("before") else [0], store=str(tmp_path / "store"))
+    papermill.execute_notebook(str(LAB / f"{name}.ipynb"), str(tmp_path / "done.ipynb"), given, cwd=str(LAB),
                                kernel_name="python3", progress_bar=False)

@@ -33,7 +33,7 @@ def is_greedy(X, picks, tol=3e-5):
     "In double precision: is each pick farthest from those before it, up to rounding, and are all distinct?"
     d = torch.cdist(X.double(), X[picks[:-1]].double()).cummin(1).values
     nxt = d.gather(0, picks[None, 1:])[0]
-    return len(picks.unique()) == len(picks) and bool((nxt >= d.amax(0)*(1 - tol) - tol).all())
+    return len(picks.unique()) == len(picks) and bool((nxt >= d.amax(0) * (1 - tol) - tol).all())
 
 
 # patch features
@@ -41,7 +41,7 @@ def is_greedy(X, picks, tol=3e-5):
 
 def groups(v, dims):
     n = len(v)
-    return torch.stack([v[i*n//dims:-(-(i + 1)*n//dims)].mean(0) for i in range(dims)])
+    return torch.stack([v[i * n // dims:-(-(i + 1) * n // dims)].mean(0) for i in range(dims)])
 
 
 def nine(m):
@@ -83,7 +83,7 @@ def test_the_mean_forgets_where_in_the_neighbourhood_a_number_stood_and_patchcor
 
 
 def test_patch_features_may_be_a_function():
-    assert patch_features([torch.ones(1, 2, 3, 3)], 5, lambda maps, dims: maps[0]*dims).unique() == 5
+    assert patch_features([torch.ones(1, 2, 3, 3)], 5, lambda maps, dims: maps[0] * dims).unique() == 5
 
 
 # the coreset, Eq. 7
@@ -93,7 +93,7 @@ def test_patch_features_may_be_a_function():
 def test_blocks_pick_what_the_plain_form_picks(s):
     N, d = (int(i) for i in torch.randint(60, 700, (2,), generator=seed(s)))
     d = 1 + d % 40
-    X, n, block = points(N, d, s)*3 + 5, N//3, (None, 2, 9, 50)[s % 4]
+    X, n, block = points(N, d, s) * 3 + 5, N // 3, (None, 2, 9, 50)[s % 4]
     assert torch.equal(coreset(X, n=n, start=s, block=block), coreset_plain(X, n, s))
 
 
@@ -108,12 +108,12 @@ def test_among_copies_the_same_points_are_picked_and_each_copy_once(s):
         assert torch.equal(choice.sort().values, torch.arange(320)) and len(X[choice[:80]].unique(dim=0)) == 80
 
 
-@pytest.mark.parametrize("X", [torch.cartesian_prod(*[torch.arange(5.)]*4), torch.ones(50, 3), points(300, 12) + 1000,
-                               points(200, 8)*1e-4, points(100, 400), points(400, 1), points(150, 3).repeat(3, 1)],
+@pytest.mark.parametrize("X", [torch.cartesian_prod(*[torch.arange(5.)] * 4), torch.ones(50, 3), points(300, 12) + 1000,
+                               points(200, 8) * 1e-4, points(100, 400), points(400, 1), points(150, 3).repeat(3, 1)],
                          ids=["lattice", "constant", "far away", "tiny", "wide", "a line", "copies"])
 def test_every_choice_is_greedy(X):
     picks = coreset(X, .3, generator=seed(1))
-    assert is_greedy(X - X.double().mean(0), picks) and len(picks) == int(.3*len(X) + 1e-6)
+    assert is_greedy(X - X.double().mean(0), picks) and len(picks) == int(.3 * len(X) + 1e-6)
 
 
 def test_picks_are_those_of_before():
@@ -129,7 +129,7 @@ def test_size_start_and_seed():
     X = points(1000, 5)
     assert [len(coreset(X, r)) for r in (.1, .0329, 1e-9, 1.)] == [100, 32, 1, 1000]
     assert len(coreset(X, .5, n=7)) == 7 and len(coreset(X, n=5000)) == 1000
-    assert len(coreset(points(100, 2), ratio=.29)) == 29 and int(100*.29) == 28 # rounding does not cost a patch
+    assert len(coreset(points(100, 2), ratio=.29)) == 29 and int(100 * .29) == 28 # rounding does not cost a patch
     first, second = coreset(X, .2, generator=seed(1)), coreset(X, .2, generator=seed(2))
     assert torch.equal(first, coreset(X, .2, generator=seed(1))) and first[0] != second[0]
     assert torch.equal(first[:50], coreset(X, n=50, generator=seed(1)))       # fewer are the beginning of more
@@ -153,7 +153,7 @@ def patchcore_plain(X, n, dims, starts, generator):
 @pytest.mark.parametrize("dims,starts,block", [(128, 10, None), (None, 10, None), (8, 10, 20),
                                                (128, 2, 5), (None, 3, 3)])
 def test_patchcore_s_projection_and_starts(s, dims, starts, block):
-    X = points(600, 150, s)*torch.linspace(.1, 3, 150)
+    X = points(600, 150, s) * torch.linspace(.1, 3, 150)
     picks = coreset(X, n=60, project=dims, starts=starts, generator=seed(s), block=block)
     assert picks.tolist() == patchcore_plain(X, 60, dims, starts, seed(s))[0]
 
@@ -174,7 +174,7 @@ def test_projection():
     assert torch.equal(coreset(X, n=50, start=0), same)
     solid = points(500, 3) @ points(3, 60)
     exact, one = (radius(solid, coreset(solid, n=100, start=0, project=p, generator=seed(0))) for p in (None, 1))
-    assert exact < .9*one                                                     # one number a patch says too little
+    assert exact < .9 * one                                                     # one number a patch says too little
 
 
 @pytest.mark.parametrize("starts", (1, 10))
@@ -183,7 +183,7 @@ def test_log_tells_each_pass(starts):
     picks = coreset(X, .1, generator=seed(0), starts=starts, log=log)
     counts, radii = [p["picks"] for p in log], [p["radius"] for p in log]
     assert counts == sorted(set(counts)) and counts[-1] == len(picks) == 300 and len(log) < 60
-    assert radii == sorted(radii, reverse=True) and log[0]["block"] == int(4*3000**.5)
+    assert radii == sorted(radii, reverse=True) and log[0]["block"] == int(4 * 3000**.5)
     if starts == 1:
         assert radii[-1] == pytest.approx(radius(X, picks[:-1]), rel=1e-5)
 
@@ -197,7 +197,7 @@ def test_radius_is_the_value_of_eq_7():
     assert radius(X, range(400)) == 0
     def cover(kept): return max(min(math.dist(m, X[n]) for n in kept) for m in X[:9].tolist())
     best = min(map(cover, itertools.combinations(range(9), 3)))
-    assert all(radius(X[:9], coreset(X[:9], n=3, start=s)) <= 2*best*(1 + 1e-5) for s in range(9))
+    assert all(radius(X[:9], coreset(X[:9], n=3, start=s)) <= 2 * best * (1 + 1e-5) for s in range(9))
 
 
 @pytest.mark.parametrize("ratio", (10, 0))
@@ -253,7 +253,7 @@ def everything(X, Q):
 
 
 @pytest.fixture(scope="module")
-def wide(): return points(700, 512)*4 + 2, points(90, 512, 1).view(2, 45, 512)*4 + 2
+def wide(): return points(700, 512) * 4 + 2, points(90, 512, 1).view(2, 45, 512) * 4 + 2
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def test_gpu_and_cpu_agree():
 
 
 def test_search_agrees_with_scikit_learn():
-    bank, Q = points(400, 30)*5 + 40, points(66, 30, 1).view(3, 22, 30)*5 + 40
+    bank, Q = points(400, 30) * 5 + 40, points(66, 30, 1).view(3, 22, 30) * 5 + 40
     d, idx = Memory(bank).search(Q, 7)
     reference = NearestNeighbors(n_neighbors=7, algorithm="brute").fit(bank.double().numpy())
     D, I = reference.kneighbors(Q.double().flatten(0, 1).numpy())
@@ -337,24 +337,24 @@ def eq9(bank, p, b):
     E = [math.dist(p, c) for c in bank]
     star = E.index(min(E))
     near = sorted(range(len(bank)), key=lambda i: (math.dist(bank[star], bank[i]), i != star))[:b]
-    return (1 - math.exp(E[star])/sum(math.exp(E[i]) for i in near))*E[star]
+    return (1 - math.exp(E[star]) / sum(math.exp(E[i]) for i in near)) * E[star]
 
 
 @pytest.mark.parametrize("b", (1, 2, 3, 9, 60, 1000))
 @pytest.mark.parametrize("scale", (.1, 1., 30.))
 def test_score_paper_is_eq_9(b, scale):
-    bank, Q = points(60, 5)*scale, points(40, 5, 1).view(4, 10, 5)*scale*1.5
+    bank, Q = points(60, 5) * scale, points(40, 5, 1).view(4, 10, 5) * scale * 1.5
     s = score_paper(Memory(bank), Q, b)
     by_hand = torch.tensor([eq9(bank.tolist(), p, b) for p in Q.flatten(0, 1).tolist()]).view(4, 10)
-    torch.testing.assert_close(s, by_hand, rtol=1e-4, atol=2e-6*scale)
+    torch.testing.assert_close(s, by_hand, rtol=1e-4, atol=2e-6 * scale)
     plain = score_plain(Memory(bank), Q)
-    assert (s <= plain).all() and (s >= (1 - 1/min(b, 60))*plain*(1 - 1e-5)).all()
+    assert (s <= plain).all() and (s >= (1 - 1 / min(b, 60)) * plain * (1 - 1e-5)).all()
 
 
 def test_limits_of_the_factor():
     "b patches equally far take 1/b of the score away; one alone among far ones nothing; a memory of one patch all"
-    corners = torch.eye(9)*3
-    assert score_paper(Memory(corners), torch.zeros(1, 9), 9).item() == pytest.approx(3*(1 - 1/9), rel=1e-6)
+    corners = torch.eye(9) * 3
+    assert score_paper(Memory(corners), torch.zeros(1, 9), 9).item() == pytest.approx(3 * (1 - 1 / 9), rel=1e-6)
     lonely = torch.cat([torch.zeros(1, 2), 500 + torch.rand(8, 2, generator=seed(0))])
     assert score_paper(Memory(lonely), torch.tensor([[3., 4.]])).item() == pytest.approx(5, rel=1e-6)
     assert score_paper(Memory(torch.zeros(1, 2)), torch.tensor([[3., 4.]])).item() == 0
@@ -363,7 +363,7 @@ def test_limits_of_the_factor():
 def test_distances_too_large_for_the_exponential():
     bank = torch.tensor([[0.], [10.], [30.]])
     assert math.isinf(torch.tensor(2000.).exp())
-    known = 2000*(1 - math.exp(-30)/(1 + math.exp(-20) + math.exp(-30)))
+    known = 2000 * (1 - math.exp(-30) / (1 + math.exp(-20) + math.exp(-30)))
     assert score_paper(Memory(bank), torch.tensor([[-2000.]]), 3).item() == pytest.approx(known, rel=1e-6)
 
 
@@ -382,7 +382,7 @@ def test_scores_do_not_depend_on_the_order_of_the_bank_nor_on_where_zero_is(scor
 @pytest.mark.parametrize("grid,size", [((5, 3), (40, 24)), ((4, 4), 32), ((3, 7), (9, 50)), ((8, 8), (8, 8))])
 @pytest.mark.parametrize("sigma", (0, .5, 4., 11.))
 def test_maps_are_up_sampling_and_scipy_s_filter(grid, size, sigma):
-    S = 20*torch.rand(3, math.prod(grid), generator=seed(0))
+    S = 20 * torch.rand(3, math.prod(grid), generator=seed(0))
     whole = (size, size) if isinstance(size, int) else size
     big = nnf.interpolate(S.view(3, 1, *grid).double(), size=whole, mode="bilinear", align_corners=False)[:, 0].numpy()
     ref = np.stack([gaussian_filter(m, sigma, mode="reflect", truncate=4) for m in big]) if sigma else big
@@ -398,7 +398,7 @@ def test_smoothing_lowers_peaks_and_keeps_constants():
     torch.testing.assert_close(flat[0], torch.ones(224, 224))
     assert none[1].max() > flat[1].max() > much[1].max() > 1
     y, x = divmod(flat[1].argmax().item(), 224)
-    assert (y//8, x//8) == divmod(300, 28)
+    assert (y // 8, x // 8) == divmod(300, 28)
 
 
 def test_image_score_of_the_patches_and_of_the_map_rank_differently():

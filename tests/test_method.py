@@ -17,7 +17,7 @@ from tocoad.systems import tocoad as tocoad_room
 
 @pytest.fixture(scope="session")
 def washer(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mini")/"set"
+    root = tmp_path_factory.mktemp("mini") / "set"
     write_mini(root, size=64, categories=("washer",))
     return load(root, "mvtec_ad", "washer", size=64, cache=False)
 
@@ -162,7 +162,7 @@ def test_batch_size_does_not_change_scores(washer):
 def test_bottle_frozen(real, norm, pixel):
     "Frozen EfficientNet-Lite0, plain scorer, 10 % memory, 256 cropped to 224"
     cfg = config("laptop", category="bottle", norm=norm)
-    data = load(real/"mvtec_ad", "mvtec_ad", "bottle")
+    data = load(real / "mvtec_ad", "mvtec_ad", "bottle")
     assert (len(data.train), int((~data.test.labels).sum()), int(data.test.labels.sum())) == (209, 20, 63)
     F, _ = tocoad_room.train(cfg, data.train.images[:1], "frozen")
     m = tocoad_room.judge(data, *tocoad_room.score(F, data, cfg))

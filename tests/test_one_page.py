@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from tocoad.run import compare
 from tocoad.run.config import config
 
-PAGE = Path(__file__).parents[1]/"nbs"/"method"/"0_one_page.ipynb"
+PAGE = Path(__file__).parents[1] / "nbs" / "method" / "0_one_page.ipynb"
 CELLS = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
 CODE = ["".join(c["source"]) for c in CELLS if c["cell_type"] == "code"]
 SHOWN = ("scores_frozen", "maps_frozen", "frozen", "scores_two_stage", "maps_two_stage", "two_stage")
@@ -23,7 +23,7 @@ METRICS = ("image_auroc", "pixel_auroc", "aupro")
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     "What the page's names hold after a run from top to bottom, in a process of its own with one thread"
-    nb, out = nbformat.read(PAGE, 4), tmp_path_factory.mktemp("page")/"values.pickle"
+    nb, out = nbformat.read(PAGE, 4), tmp_path_factory.mktemp("page") / "values.pickle"
     values = ", ".join(f"{k}={k}" for k in SHOWN)
     differences = ", ".join(f"{k}=({k}.mean, {k}.low, {k}.high)" for k in METRICS)
     save = f"import pickle; pickle.dump(dict({values}, {differences}), open({str(out)!r}, 'wb'))"

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from nbdev.clean import clean_nb
 from PIL import Image
 
-NBS = Path(__file__).parents[1]/"nbs"
+NBS = Path(__file__).parents[1] / "nbs"
 SHOWN = sorted(p for p in NBS.rglob("*.ipynb") if not {".ipynb_checkpoints", "bench", "reports"} & {*p.parent.parts})
 NEAR, SHARE = 3, .001 # a pixel differs if it does by more than 3 of 255; a thousandth may
 

@@ -28,12 +28,12 @@ CFG = config("smoke", resize=SIZE, size=SIZE, sigma=2.)
 def lay_out(folder, n, start=0, defect="good", category="washer"):
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(n):
-        Image.fromarray(draw(category, start + k, defect, SIZE)[0].squeeze()).save(folder/f"{defect} {k:02}.png")
+        Image.fromarray(draw(category, start + k, defect, SIZE)[0].squeeze()).save(folder / f"{defect} {k:02}.png")
     return folder
 
 
 def rows(out):
-    with open(out/"scores.csv", newline="", encoding="utf-8") as f:
+    with open(out / "scores.csv", newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 
@@ -43,65 +43,66 @@ def scores(out): return {r["path"]: float(r["score"]) for r in rows(out) if r["s
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     root = tmp_path_factory.mktemp("shop")
-    lay_out(root/"good", 24)
-    lay_out(root/"parts/new", 6, 500)
-    lay_out(root/"parts/new", 3, 600, "missing_part")
-    lay_out(root/"parts/old", 3, 700, "hole")
+    lay_out(root / "good", 24)
+    lay_out(root / "parts/new", 6, 500)
+    lay_out(root / "parts/new", 3, 600, "missing_part")
+    lay_out(root / "parts/old", 3, 700, "hole")
     return root
 
 
 @pytest.fixture(scope="module")
-def detector(shop): return fit(shop/"good", CFG, progress=False)
+def detector(shop): return fit(shop / "good", CFG, progress=False)
 
 
 @pytest.fixture
-def parts(shop, tmp_path): return Path(shutil.copytree(shop/"parts", tmp_path/"parts"))
+def parts(shop, tmp_path): return Path(shutil.copytree(shop / "parts", tmp_path / "parts"))
 
 
 def test_no_held_out_part_is_called_defective(detector, shop, tmp_path):
     "The threshold lies above the largest held-out score, and training parts lie lower still"
-    s = score(detector, shop/"good", tmp_path/"out", maps=0, batch=5, progress=False)
+    s = score(detector, shop / "good", tmp_path / "out", maps=0, batch=5, progress=False)
     assert (s.defect, s.good, s.unreadable) == (0, 24, 0)
     held = set(hash_order(f"good {k:02}.png" for k in range(24))[:5])
-    by_name = scores(tmp_path/"out")
+    by_name = scores(tmp_path / "out")
     assert np.allclose(sorted(by_name[n] for n in held), detector.held, rtol=1e-4)
     assert max(by_name.values()) == max(by_name[n] for n in held)
 
 
 def test_missing_parts_come_first(detector, shop, tmp_path):
-    s = score(detector, shop/"parts", tmp_path/"out", maps=4, progress=False)
-    table = rows(tmp_path/"out")
+    s = score(detector, shop / "parts", tmp_path / "out", maps=4, progress=False)
+    table = rows(tmp_path / "out")
     assert [r["rank"] for r in table] == [str(i) for i in range(1, 13)]
     print([(r["path"], r["ratio"]) for r in table])
     assert "good" not in table[0]["path"] and table[0]["decision"] == "defect"
     assert sum(r["decision"] == "defect" for r in table) == s.defect and s.problem is None
-    assert [bool(r["heat_map"]) for r in table] == [True]*4 + [False]*8
-    assert all((tmp_path/"out"/r["heat_map"]).is_file() for r in table[:4]) and (tmp_path/"out/worst.png").is_file()
-    assert json.loads((tmp_path/"out/summary.json").read_text())["defect"] == s.defect
+    assert [bool(r["heat_map"]) for r in table] == [True] * 4 + [False] * 8
+    assert all((tmp_path / "out" / r["heat_map"]).is_file() for r in table[:4])
+    assert (tmp_path / "out/worst.png").is_file()
+    assert json.loads((tmp_path / "out/summary.json").read_text())["defect"] == s.defect
 
 
 def test_a_fit_repeats(shop, detector):
-    again = fit(shop/"good", CFG, progress=False)
+    again = fit(shop / "good", CFG, progress=False)
     assert torch.equal(again.memory.bank, detector.memory.bank) and torch.equal(again.held, detector.held)
     same = lambda d: {k: v for k, v in d.about.items() if k not in ("seconds", "written")}
     assert same(again) == same(detector)
-    other = fit(shop/"good", CFG.replace(seed=1), progress=False)
+    other = fit(shop / "good", CFG.replace(seed=1), progress=False)
     assert set(other.about["highest"]) != set(detector.about["highest"])
 
 
 def test_both_stages_and_the_file(shop, detector, tmp_path):
     "A tuned F travels in the file and gives the same scores without any weights at hand"
-    both = fit(shop/"good", CFG.replace(epochs1=1, epochs2=1, batch=8), "both", quantile=.5, progress=False)
+    both = fit(shop / "good", CFG.replace(epochs1=1, epochs2=1, batch=8), "both", quantile=.5, progress=False)
     assert both.about["stages"] == "both" and both.cfg.method == "two_stage" and both.about["rank"] == 3
     frozen, tuned = detector.F.state_dict(), both.F.state_dict()
     assert any(not torch.equal(frozen[k], tuned[k]) for k in tuned)
-    path = save(both, tmp_path/"new/model.safetensors")
+    path = save(both, tmp_path / "new/model.safetensors")
     with pytest.MonkeyPatch.context() as m:
         m.setattr("tocoad.method.weights.weights_path", lambda *a: pytest.fail("weights were asked for"))
         back = load(path)
     for d, name in ((both, "a"), (back, "b")):
-        score(d, shop/"parts", tmp_path/name, maps=2, progress=False)
-    assert (tmp_path/"a/scores.csv").read_bytes() == (tmp_path/"b/scores.csv").read_bytes()
+        score(d, shop / "parts", tmp_path / name, maps=2, progress=False)
+    assert (tmp_path / "a/scores.csv").read_bytes() == (tmp_path / "b/scores.csv").read_bytes()
     assert back.about == json.loads(json.dumps(both.about)) and "tuned by both stages" in back.text()
 
 
@@ -109,27 +110,27 @@ def test_held_out_parts_are_neither_trained_on_nor_stored(shop, monkeypatch):
     from tocoad.parts import fit as room
     whole, seen = room.train, []
     monkeypatch.setattr(room, "train", lambda cfg, images, *a: seen.append(images) or whole(cfg, images, *a))
-    d = fit(shop/"good", CFG.replace(coreset=1.), held_out=.5, progress=False)
-    everything, names, _, _ = room.read_good(shop/"good", SIZE)
-    assert torch.equal(seen[0], everything[12:]) and len(d.memory) == 12*64
+    d = fit(shop / "good", CFG.replace(coreset=1.), held_out=.5, progress=False)
+    everything, names, _, _ = room.read_good(shop / "good", SIZE)
+    assert torch.equal(seen[0], everything[12:]) and len(d.memory) == 12 * 64
     assert set(d.about["highest"]) <= set(names[:12])
     inside, held = (d.patch_scores(x).flatten(1).amax(1) for x in (everything[12:], everything[:12]))
-    assert inside.max() < 1e-3*held.min() and torch.allclose(held.sort().values, d.held, rtol=1e-4)
+    assert inside.max() < 1e-3 * held.min() and torch.allclose(held.sort().values, d.held, rtol=1e-4)
 
 
 def test_a_score_depends_on_its_picture_alone(detector, parts, tmp_path):
     "Not on the batch, the file order, the company, or the folder"
     for batch in (1, 5, 64):
-        score(detector, parts, tmp_path/f"out{batch}", maps=0, batch=batch, progress=False)
-    one = scores(tmp_path/"out1")
+        score(detector, parts, tmp_path / f"out{batch}", maps=0, batch=batch, progress=False)
+    one = scores(tmp_path / "out1")
     for batch in (5, 64):
-        other = scores(tmp_path/f"out{batch}")
+        other = scores(tmp_path / f"out{batch}")
         assert set(other) == set(one) and np.allclose([other[n] for n in one], list(one.values()), rtol=1e-5, atol=0)
     names = sorted(one, reverse=True)
     for i, name in enumerate(names):
-        (parts/name).rename(parts/f"{i:02}.png")
-    score(detector, parts, tmp_path/"renamed", maps=0, batch=7, progress=False)
-    renamed = scores(tmp_path/"renamed")
+        (parts / name).rename(parts / f"{i:02}.png")
+    score(detector, parts, tmp_path / "renamed", maps=0, batch=7, progress=False)
+    renamed = scores(tmp_path / "renamed")
     new = [renamed[f"{i:02}.png"] for i in range(12)]
     assert np.allclose(new, [one[n] for n in names], rtol=1e-5, atol=0)
 
@@ -137,49 +138,49 @@ def test_a_score_depends_on_its_picture_alone(detector, parts, tmp_path):
 def bomb(side):
     "A PNG of some bytes that claims side x side pixels"
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    head, body = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), zlib.compress(b"0"*99)
+    head, body = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), zlib.compress(b"0" * 99)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def test_unreadable_pictures_become_rows(detector, parts, tmp_path):
-    whole = (parts/"new/good 00.png").read_bytes()
-    bad = {"cut.png": whole[:len(whole)//2], "void.jpg": b"", "text.png": b"dear reader", "bomb.png": bomb(60_000)}
+    whole = (parts / "new/good 00.png").read_bytes()
+    bad = {"cut.png": whole[:len(whole) // 2], "void.jpg": b"", "text.png": b"dear reader", "bomb.png": bomb(60_000)}
     for name, data in bad.items():
-        (parts/name).write_bytes(data)
+        (parts / name).write_bytes(data)
     second = Image.new("RGB", (SIZE, SIZE))
-    Image.open(parts/"new/good 00.png").save(parts/"film.png", save_all=True, append_images=[second])
-    os.symlink("nowhere.png", parts/"dead.png")
+    Image.open(parts / "new/good 00.png").save(parts / "film.png", save_all=True, append_images=[second])
+    os.symlink("nowhere.png", parts / "dead.png")
     bad |= {"film.png": 0, "dead.png": 0}
-    s = score(detector, parts, tmp_path/"out", progress=False)
-    table = rows(tmp_path/"out")
+    s = score(detector, parts, tmp_path / "out", progress=False)
+    table = rows(tmp_path / "out")
     assert (s.unreadable, s.images) == (6, 18) and "6 images of 18 could not be read, first bomb.png" in s.problem
     assert {r["path"] for r in table[-6:]} == set(bad)
     for r in table[-6:]:
         assert (r["decision"], r["rank"], r["score"], r["heat_map"]) == ("unreadable", "", "", "")
         assert r["note"] and str(parts) not in r["note"]
-    assert all(r["note"] == "" for r in table[:-6]) and len(list((tmp_path/"out/maps").iterdir())) == 12
+    assert all(r["note"] == "" for r in table[:-6]) and len(list((tmp_path / "out/maps").iterdir())) == 12
 
 
 def test_any_kind_of_picture_and_name(detector, parts, tmp_path):
-    im = Image.open(parts/"new/good 00.png").convert("RGB")
-    deep = Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16)*257)
-    names = {"größe 字 😀.png": im, "x"*240 + ".png": im, "=1+1,\"q\".png": im, "new\nline.png": im, "UPPER.PNG": im,
+    im = Image.open(parts / "new/good 00.png").convert("RGB")
+    deep = Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16) * 257)
+    names = {"größe 字 😀.png": im, "x" * 240 + ".png": im, "=1+1,\"q\".png": im, "new\nline.png": im, "UPPER.PNG": im,
              "wide.jpg": im.resize((1500, 90)), "one.png": im.resize((1, 1)), "grey.bmp": im.convert("L"),
              "alpha.png": im.convert("RGBA"), "palette.png": im.convert("P"), "ink.tif": im.convert("CMYK"),
              "bit.png": im.convert("1"), "deep.png": deep}
     for name, x in names.items():
-        x.save(parts/name)
+        x.save(parts / name)
     with open(os.fsencode(parts) + b"/latin\xe9.png", "wb") as f:
-        f.write((parts/"new/good 00.png").read_bytes())
-    s = score(detector, parts, tmp_path/"out", maps=100, progress=False)
-    table = rows(tmp_path/"out")
+        f.write((parts / "new/good 00.png").read_bytes())
+    s = score(detector, parts, tmp_path / "out", maps=100, progress=False)
+    table = rows(tmp_path / "out")
     assert (s.images, s.unreadable) == (26, 0) and {r["path"] for r in table} >= set(names) | {"latin\\udce9.png"}
     same = [float(r["score"]) for r in table if r["path"] in list(names)[:5] + ["latin\\udce9.png", "new/good 00.png"]]
     assert len(same) == 7 and np.ptp(same) == 0
     maps = [r["heat_map"] for r in table]
     assert len(set(maps)) == 26
-    assert all((tmp_path/"out"/m).is_file() and len(Path(m).name.encode()) < 200 for m in maps)
-    shape = {r["path"]: Image.open(tmp_path/"out"/r["heat_map"]).size for r in table}
+    assert all((tmp_path / "out" / m).is_file() and len(Path(m).name.encode()) < 200 for m in maps)
+    shape = {r["path"]: Image.open(tmp_path / "out" / r["heat_map"]).size for r in table}
     assert shape["wide.jpg"] == (768, 46) and shape["one.png"] == (256, 256)
     assert any("another shape" in w for w in s.warnings)
 
@@ -187,36 +188,36 @@ def test_any_kind_of_picture_and_name(detector, parts, tmp_path):
 def test_loops_and_the_results_themselves(detector, parts):
     "Links that lead in circles end, and results inside the folder of parts are not scored"
     for name, target in {"new/again": parts, "old/up": "..", "me": "me"}.items():
-        os.symlink(target, parts/name)
-    first = score(detector, parts, parts/"results", maps=12, progress=False)
-    second = score(detector, parts, parts/"results", maps=3, progress=False)
-    assert first.images == second.images == 12 and len(list((parts/"results/maps").iterdir())) == 3
-    for out in (parts, parts/"new/../"):
+        os.symlink(target, parts / name)
+    first = score(detector, parts, parts / "results", maps=12, progress=False)
+    second = score(detector, parts, parts / "results", maps=3, progress=False)
+    assert first.images == second.images == 12 and len(list((parts / "results/maps").iterdir())) == 3
+    for out in (parts, parts / "new/../"):
         with pytest.raises(BadInput, match="among the images"):
             score(detector, parts, out)
 
 
 def test_foreign_files_stay(detector, parts, tmp_path):
     "A later run replaces what an earlier one wrote, and nothing else"
-    out = tmp_path/"out"
-    (out/"maps").mkdir(parents=True)
+    out = tmp_path / "out"
+    (out / "maps").mkdir(parents=True)
     mine = {"maps/diary.txt": b"dear", "maps/holiday.png": b"the sea", "notes.csv": b"1,2"}
     for name, data in mine.items():
-        (out/name).write_bytes(data)
+        (out / name).write_bytes(data)
     for maps in (12, 2):
         done = score(detector, parts, out, maps=maps, progress=False)
         ours = {Path(m).name for m in done.heat_maps.values()}
-        assert {p.name for p in (out/"maps").iterdir()} == {"diary.txt", "holiday.png"} | ours
-    assert len(done.heat_maps) == 2 and all((out/n).read_bytes() == d for n, d in mine.items())
-    before = (out/"scores.csv").read_bytes()
-    (out/"summary.json").write_text("{}")
+        assert {p.name for p in (out / "maps").iterdir()} == {"diary.txt", "holiday.png"} | ours
+    assert len(done.heat_maps) == 2 and all((out / n).read_bytes() == d for n, d in mine.items())
+    before = (out / "scores.csv").read_bytes()
+    (out / "summary.json").write_text("{}")
     with pytest.raises(BadInput, match="scores.csv was not written by `tocoad score`"):
         score(detector, parts, out, progress=False)
-    assert (out/"scores.csv").read_bytes() == before and (out/"summary.json").read_text() == "{}"
+    assert (out / "scores.csv").read_bytes() == before and (out / "summary.json").read_text() == "{}"
 
 
 def test_an_interrupted_run_leaves_the_old_results(detector, parts, tmp_path, monkeypatch):
-    out, calls = tmp_path/"out", []
+    out, calls = tmp_path / "out", []
     def state(): return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
     def stop(self, x):
         calls.append(len(x))
@@ -244,7 +245,7 @@ def test_an_interrupted_run_leaves_the_old_results(detector, parts, tmp_path, mo
 
 def test_two_runs_at_once(detector, parts, tmp_path, monkeypatch):
     "The later one stays, whole, and nothing of the other"
-    out, room = tmp_path/"out", sys.modules["tocoad.parts.score"]
+    out, room = tmp_path / "out", sys.modules["tocoad.parts.score"]
     inner, write = [], room._write_scores
     def meanwhile(*a):
         "Another run, from its first step to its last"
@@ -252,9 +253,9 @@ def test_two_runs_at_once(detector, parts, tmp_path, monkeypatch):
         inner.append(score(detector, parts, out, maps=12, progress=False))
         write(*a)
     monkeypatch.setattr(room, "_write_scores", meanwhile)
-    later = score(detector, parts/"old", out, maps=2, progress=False)
+    later = score(detector, parts / "old", out, maps=2, progress=False)
     assert len(inner[0].heat_maps) == 12 and len(rows(out)) == later.images == 3
-    assert {f"maps/{p.name}" for p in (out/"maps").iterdir()} == set(later.heat_maps.values())
+    assert {f"maps/{p.name}" for p in (out / "maps").iterdir()} == set(later.heat_maps.values())
     assert sorted(p.name for p in out.iterdir()) == ["maps", "scores.csv", "summary.json", "worst.png"]
 
 
@@ -265,22 +266,22 @@ def test_memory_running_out_halves_the_batch(detector, parts, tmp_path, monkeypa
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, x)
-    score(detector, parts, tmp_path/"a", maps=0, progress=False)
+    score(detector, parts, tmp_path / "a", maps=0, progress=False)
     monkeypatch.setattr(Detector, "patch_scores", small)
-    score(detector, parts, tmp_path/"b", maps=0, batch=8, progress=False)
-    assert np.allclose(list(scores(tmp_path/"a").values()), list(scores(tmp_path/"b").values()), rtol=1e-5)
+    score(detector, parts, tmp_path / "b", maps=0, batch=8, progress=False)
+    assert np.allclose(list(scores(tmp_path / "a").values()), list(scores(tmp_path / "b").values()), rtol=1e-5)
     assert tried[:3] == [8, 4, 2] and 4 not in tried[3:] and 8 not in tried[3:]
     assert caplog.text.count("memory ran out") == 2
 
 
 def rss():
-    return int(Path("/proc/self/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")/1e6
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow(shop):
     "Thousands of pictures through decoding, network and memory"
-    d = fit(shop/"good", CFG.replace(resize=32, size=32), progress=False)
+    d = fit(shop / "good", CFG.replace(resize=32, size=32), progress=False)
     pixels = [np.random.default_rng(i).integers(0, 256, (3, 32, 32), np.uint8) for i in range(16)]
     def stream(n):
         "Rows of n images"
@@ -293,14 +294,14 @@ def test_memory_does_not_grow(shop):
 
 
 def test_copies_grey_and_few(shop, tmp_path):
-    good = Path(shutil.copytree(shop/"good", tmp_path/"good"))
+    good = Path(shutil.copytree(shop / "good", tmp_path / "good"))
     for k in range(24):
-        Image.open(good/f"good {k:02}.png").save(good/f"copy {k}.bmp")
+        Image.open(good / f"good {k:02}.png").save(good / f"copy {k}.bmp")
     d = fit(good, CFG, progress=False)
     assert (d.about["images"]["copies"], d.about["images"]["train"] + d.about["images"]["held_out"]) == (24, 24)
     assert any("24 images left out as exact copies" in n for n in d.about["notes"]) and d.held.min() > 1
-    lay_out(tmp_path/"grey", 5, category="gravel")
-    d = fit(tmp_path/"grey", CFG, most=5, progress=False)
+    lay_out(tmp_path / "grey", 5, category="gravel")
+    d = fit(tmp_path / "grey", CFG, most=5, progress=False)
     assert (d.about["images"]["train"], d.about["images"]["held_out"], d.about["false_alarms"][0]) == (4, 1, .5)
     for note in ("all images are grey", "only 1 good image held out"):
         assert any(note in n for n in d.about["notes"])
@@ -314,29 +315,29 @@ def test_the_promise_about_false_alarms():
     rng = np.random.default_rng(0)
     for n, q in ((9, .9), (30, .9), (20, .99)):
         k, s = rank(n, q), np.sort(rng.lognormal(size=(20_000, n)), 1)
-        assert abs((rng.lognormal(size=20_000) > s[:, k - 1]).mean() - (n + 1 - k)/(n + 1)) < .006
+        assert abs((rng.lognormal(size=20_000) > s[:, k - 1]).mean() - (n + 1 - k) / (n + 1)) < .006
 
 
 def test_mistakes_are_one_sentence(detector, shop, tmp_path):
     for folder in ("four", "void"):
-        (tmp_path/folder).mkdir()
+        (tmp_path / folder).mkdir()
     for k in range(LEAST - 1):
-        shutil.copy(shop/f"good/good {k:02}.png", tmp_path/"four")
-    note, good, out = tmp_path/"note.txt", shop/"good", tmp_path/"out"
+        shutil.copy(shop / f"good/good {k:02}.png", tmp_path / "four")
+    note, good, out = tmp_path / "note.txt", shop / "good", tmp_path / "out"
     note.write_text("x")
     mistakes = {
-        "there is no folder": lambda: fit(tmp_path/"none", CFG),
-        "holds 4 images": lambda: fit(tmp_path/"four", CFG),
+        "there is no folder": lambda: fit(tmp_path / "none", CFG),
+        "holds 4 images": lambda: fit(tmp_path / "four", CFG),
         "stages cannot be": lambda: fit(good, CFG, "one"),
         "quantile is 1.5": lambda: fit(good, CFG, quantile=1.5),
         "held_out is 0": lambda: fit(good, CFG, held_out=0),
         "no device": lambda: fit(good, CFG, device="abacus"),
-        "is not there": lambda: load(tmp_path/"none"),
+        "is not there": lambda: load(tmp_path / "none"),
         "is no detector of version 1": lambda: load(note),
         "exists and is no detector": lambda: save(detector, note),
-        "cannot write": lambda: save(detector, note/"model"),
-        "give another": lambda: score(detector, shop/"parts", note),
-        "holds no images": lambda: score(detector, tmp_path/"void", out)}
+        "cannot write": lambda: save(detector, note / "model"),
+        "give another": lambda: score(detector, shop / "parts", note),
+        "holds no images": lambda: score(detector, tmp_path / "void", out)}
     for match, mistake in mistakes.items():
         with pytest.raises(BadInput, match=match) as e:
             mistake()
@@ -346,13 +347,13 @@ def test_mistakes_are_one_sentence(detector, shop, tmp_path):
 
 def test_a_damaged_file_never_loads(detector, tmp_path):
     "Cut anywhere, or with a bit turned anywhere, it is refused in a sentence"
-    data, rng = save(detector, tmp_path/"m").read_bytes(), np.random.default_rng(0)
+    data, rng = save(detector, tmp_path / "m").read_bytes(), np.random.default_rng(0)
     start = 8 + int.from_bytes(data[:8], "little")
     def refused(content):
-        (tmp_path/"damaged").write_bytes(content)
+        (tmp_path / "damaged").write_bytes(content)
         with pytest.raises(BadInput, match="cut off or damaged"):
-            load(tmp_path/"damaged")
-    for at in (0, 7, 100, len(data)//2, len(data) - 1):
+            load(tmp_path / "damaged")
+    for at in (0, 7, 100, len(data) // 2, len(data) - 1):
         refused(data[:at])
     for at in (*range(3, 12), *rng.integers(0, start, 12), *rng.integers(start, len(data), 6)):
         turned = bytearray(data)
@@ -365,16 +366,16 @@ def test_onnx_equals_torch(shop, tmp_path, change):
     "With a free batch size, and for stored patches, whose distance is tiny"
     rt = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    d = fit(shop/"good", CFG.replace(**change), progress=False)
-    first, second = map(rt.InferenceSession, export_onnx(d, tmp_path/"model"))
+    d = fit(shop / "good", CFG.replace(**change), progress=False)
+    first, second = map(rt.InferenceSession, export_onnx(d, tmp_path / "model"))
     assert sorted(p.name for p in tmp_path.glob("*/*")) == ["features.onnx", "scorer.onnx"]
     drawn = [draw("washer", k, size=SIZE)[0] for k in (0, 1, 2, 900, 901)]
     x = torch.stack([torch.from_numpy(a).permute(2, 0, 1) for a in drawn])
     for images in (x, x[:1]):
-        patches = first.run(None, {"images": images.numpy()/np.float32(255)})[0]
+        patches = first.run(None, {"images": images.numpy() / np.float32(255)})[0]
         s, top = second.run(None, {"patches": patches})
         want = d.patch_scores(images).flatten(1)
-        torch.testing.assert_close(torch.from_numpy(s), want, rtol=1e-4, atol=1e-4*float(want.max()))
+        torch.testing.assert_close(torch.from_numpy(s), want, rtol=1e-4, atol=1e-4 * float(want.max()))
         torch.testing.assert_close(torch.from_numpy(top), want.amax(1), rtol=1e-4, atol=0)
     bank = d.memory.bank[None, :64] + torch.tensor([0., 1e-3])[:, None, None]
     s, near = second.run(None, {"patches": bank.numpy()})[0], (bank[1] - d.memory.bank[:64]).norm(dim=1)

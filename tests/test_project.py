@@ -25,10 +25,10 @@ import tocoad
 
 ROOT = Path(__file__).parents[1]
 CFG = get_config(ROOT)
-ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "reports"} & set(p.parts))
-ELSEWHERE = [ROOT/"nbs"/"method"/"0_one_page.ipynb"] # runs top to bottom in tests/test_one_page.py
-ROOMS = [p for p in ALL if not any((f/".notest").exists() for f in p.parents) and p not in ELSEWHERE]
-name = lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix()
+ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "reports"} & set(p.parts))
+ELSEWHERE = [ROOT / "nbs" / "method" / "0_one_page.ipynb"] # runs top to bottom in tests/test_one_page.py
+ROOMS = [p for p in ALL if not any((f / ".notest").exists() for f in p.parents) and p not in ELSEWHERE]
+name = lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 
 def text(p): return p.read_text(encoding="utf-8")
@@ -42,20 +42,20 @@ def module(nb):
 
 def test_every_module_has_its_notebook():
     made = [m for nb in ALL if (m := module(nb))]
-    there = [p.relative_to(ROOT/"tocoad") for p in (ROOT/"tocoad").rglob("*.py") if not p.stem.startswith("_")]
+    there = [p.relative_to(ROOT / "tocoad") for p in (ROOT / "tocoad").rglob("*.py") if not p.stem.startswith("_")]
     assert sorted(made) == sorted(there)
 
 
 def test_the_method_imports_nothing_but_itself_and_images():
     "A student calls it with three lines; it knows no settings, keys or store"
-    for p in (ROOT/"tocoad"/"method").glob("*.py"):
+    for p in (ROOT / "tocoad" / "method").glob("*.py"):
         taken = re.findall(r"^\s*from (\.[\w.]*) import", text(p), re.M)
         assert not [t for t in taken if t.startswith("..") and t != "..data.images"], p.name
-    assert sum(len(text(p).splitlines()) for p in (ROOT/"tocoad"/"method").glob("*.py")) < 1500
+    assert sum(len(text(p).splitlines()) for p in (ROOT / "tocoad" / "method").glob("*.py")) < 1500
 
 
 def test_eq_1_and_figure_3_come_first():
-    cells = json.loads(text(ROOT/"nbs"/"method"/"1_perlin.ipynb"))["cells"]
+    cells = json.loads(text(ROOT / "nbs" / "method" / "1_perlin.ipynb"))["cells"]
     said = ["".join(c["source"]) for c in cells]
     prose = [c["cell_type"] == "markdown" for c in cells]
     first = next(i for i, t in enumerate(said) if prose[i] and re.match("#+ ", t))
@@ -85,15 +85,15 @@ def carry_out(nb, log):
 @pytest.mark.parametrize("nb", ROOMS, ids=name)
 def test_notebook_runs(nb, tmp_path):
     "Each in a process of its own, as a reader would, that has loaded torch before"
-    child = FORK.Process(target=carry_out, args=(nb, tmp_path/"log"))
+    child = FORK.Process(target=carry_out, args=(nb, tmp_path / "log"))
     child.start()
     child.join(1800)
     child.kill()
-    assert child.exitcode == 0, text(tmp_path/"log")[-6000:]
+    assert child.exitcode == 0, text(tmp_path / "log")[-6000:]
 
 
 def test_library_is_exported(tmp_path):
-    new = tmp_path/"tocoad"
+    new = tmp_path / "tocoad"
     for nb in filter(module, ALL):
         nb_export(nb, lib_path=new)
     def code(p):
@@ -102,16 +102,17 @@ def test_library_is_exported(tmp_path):
     fresh = {p.relative_to(new): code(p) for p in new.rglob("*.py") if not p.name.startswith("_")}
     assert len(fresh) == sum(bool(module(nb)) for nb in ALL)
     for path, lines in fresh.items():
-        assert lines == code(ROOT/"tocoad"/path), f"{path} is not what its notebook exports: run nbdev-export"
+        assert lines == code(ROOT / "tocoad" / path), f"{path} is not what its notebook exports: run nbdev-export"
 
 
 def test_notebooks_are_clean(tmp_path, monkeypatch):
     "nbdev-clean leaves nothing to commit"
     monkeypatch.chdir(ROOT)
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs", "reports"))
-    nbdev_clean(str(tmp_path/"nbs"))
+    left = shutil.ignore_patterns(".ipynb_checkpoints", "runs", "reports")
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=left)
+    nbdev_clean(str(tmp_path / "nbs"))
     for nb in ALL:
-        assert text(tmp_path/nb.relative_to(ROOT)) == text(nb), f"{nb.name}: run nbdev-clean"
+        assert text(tmp_path / nb.relative_to(ROOT)) == text(nb), f"{nb.name}: run nbdev-clean"
 
 
 @pytest.mark.parametrize("nb", ALL, ids=name)
@@ -142,38 +143,38 @@ def test_notebook_carries_one_clean_run(nb):
 
 def test_notebooks_for_papermill_take_parameters():
     "papermill silently ignores -p where no cell is tagged"
-    folders = [p for f in ("lab", "paper/tables", "paper/figures", "bench") for p in (ROOT/"nbs"/f).glob("*.ipynb")]
-    for nb in (*folders, ROOT/"nbs/parts/own_parts.ipynb"):
+    folders = [p for f in ("lab", "paper/tables", "paper/figures", "bench") for p in (ROOT / "nbs" / f).glob("*.ipynb")]
+    for nb in (*folders, ROOT / "nbs/parts/own_parts.ipynb"):
         cells = json.loads(text(nb))["cells"]
         assert len([c for c in cells if "parameters" in c["metadata"].get("tags", [])]) == 1, nb.name
 
 
 def test_metadata_agrees():
     settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT/"settings.ini")
-    ini, project = settings["DEFAULT"], (ROOT/"pyproject.toml").read_text()
+    settings.read(ROOT / "settings.ini")
+    ini, project = settings["DEFAULT"], (ROOT / "pyproject.toml").read_text()
     assert ini["version"] == tocoad.__version__ == metadata("tocoad")["Version"]
     assert ini["lib_path"] == CFG.lib_path.name and f'requires-python = ">={ini["min_python"]}"' in project
 
 
 def test_the_citation_names_the_version():
-    cited = yaml.safe_load(text(ROOT/"CITATION.cff"))
+    cited = yaml.safe_load(text(ROOT / "CITATION.cff"))
     assert cited["version"] == tocoad.__version__ and "arXiv:2407.01312" in str(cited["references"])
 
 
 def test_constraints_name_a_version_of_every_requirement():
-    lines = [Requirement(x) for x in text(ROOT/"constraints.txt").splitlines()]
+    lines = [Requirement(x) for x in text(ROOT / "constraints.txt").splitlines()]
     exact = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in lines}
     assert all(str(r.specifier).startswith("==") and not r.url for r in lines)
     settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT/"settings.ini")
+    settings.read(ROOT / "settings.ini")
     kinds = [k for k in settings["DEFAULT"] if k.endswith("requirements") and k[:3] not in ("gpu", "ben")]
     for r in (Requirement(x) for k in kinds for x in settings["DEFAULT"][k].split()):
         assert r.specifier.contains(exact[canonicalize_name(r.name)]), r
 
 
 def test_workflow_runs_the_tests_on_three_systems():
-    flow = yaml.safe_load(text(ROOT/".github"/"workflows"/"test.yml"))
+    flow = yaml.safe_load(text(ROOT / ".github" / "workflows" / "test.yml"))
     [job] = flow["jobs"].values()
     assert {s.split("-")[0] for s in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
     steps = [s["run"] for s in job["steps"] if "run" in s]
@@ -182,15 +183,15 @@ def test_workflow_runs_the_tests_on_three_systems():
 
 
 def test_readme_is_made_from_the_index(tmp_path):
-    run = subprocess.run([sys.executable, ROOT/"nbs"/"make_readme.py", tmp_path], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, ROOT / "nbs" / "make_readme.py", tmp_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert text(tmp_path/"README.md") == text(ROOT/"README.md"), "run python nbs/make_readme.py"
-    assert len(text(ROOT/"README.md").encode()) < 7000, "what is longer has a notebook of its own"
+    assert text(tmp_path / "README.md") == text(ROOT / "README.md"), "run python nbs/make_readme.py"
+    assert len(text(ROOT / "README.md").encode()) < 7000, "what is longer has a notebook of its own"
 
 
 def test_ci_calls_the_readme_command():
-    commands = re.findall(r"^python3 -m venv .*$", text(ROOT/"README.md"), re.M)
-    assert len(commands) == 2 and commands[1] in text(ROOT/".ci"/"run")
+    commands = re.findall(r"^python3 -m venv .*$", text(ROOT / "README.md"), re.M)
+    assert len(commands) == 2 and commands[1] in text(ROOT / ".ci" / "run")
 
 
 QUICK = """
@@ -210,22 +211,23 @@ def test_help_is_quick(words):
     "It waits for nothing that takes long to import"
     run = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout
-    command = subprocess.run([Path(sys.executable).parent/"tocoad", *words], capture_output=True, text=True, check=True)
+    tocoad = Path(sys.executable).parent / "tocoad"
+    command = subprocess.run([tocoad, *words], capture_output=True, text=True, check=True)
     assert command.stdout == run.stdout
 
 
 @pytest.mark.parametrize("nb", ALL, ids=name)
 def test_links_lead_somewhere(nb):
-    base = ROOT if nb == ROOT/"nbs"/"index.ipynb" else nb.parent # README.md, made of the index, lies a folder higher
+    base = ROOT if nb == ROOT / "nbs" / "index.ipynb" else nb.parent # README.md lies a folder higher
     cells = json.loads(text(nb))["cells"]
     prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     links = re.findall(r"\]\((?![a-z]+:)([^)#\s]+)(?:#[^)]*)?\)", prose)
-    assert not [x for x in links if not (base/x).exists()]
+    assert not [x for x in links if not (base / x).exists()]
 
 
-@pytest.mark.parametrize("room", sorted(p.relative_to(ROOT) for p in (ROOT/"tocoad").rglob("[!_]*.py")), ids=str)
+@pytest.mark.parametrize("room", sorted(p.relative_to(ROOT) for p in (ROOT / "tocoad").rglob("[!_]*.py")), ids=str)
 def test_no_room_and_no_line_is_long(room):
-    lines = text(ROOT/room).splitlines()
+    lines = text(ROOT / room).splitlines()
     start = lines.index("# %% auto #0") # nbdev writes and wraps `__all__`
     written = lines[:start] + lines[lines.index("", start):]
     assert len(lines) <= 350 and max(map(len, written)) <= 120

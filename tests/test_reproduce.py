@@ -186,7 +186,7 @@ def test_a_students_walk(tmp_path):
     computed, again = walk()
     assert not computed and again == first
 
-    edit("method/1_perlin.ipynb", "code", "for x in (A, M, beta))), M", "for x in (A, M, .5*beta))), M")
+    edit("method/1_perlin.ipynb", "code", "for x in (A, M, beta))), M", "for x in (A, M, .5 * beta))), M")
     computed, changed = walk()
     assert computed == {("two_stage", s) for s in ("stage1", "stage2", "memory", "scores", "metrics")}
     assert (
@@ -195,7 +195,7 @@ def test_a_students_walk(tmp_path):
         and changed["contrastive"] == first["contrastive"]
     )
 
-    edit("method/5_contrast.ipynb", "code", "flip:float=.5", "flip:float=.1")
+    edit("method/5_contrast.ipynb", "code", "flip: float = .5", "flip: float = .1")
     computed, third = walk()
     assert computed == {
         (m, s)
@@ -593,7 +593,7 @@ def test_runs_list_show_prune(say, tmp_path, unbroken):
     assert json.loads(say("runs", "show", key, "--store", store)[1])["stage"] == "metrics"
     assert "0 records begin with 'zzz'" in say("runs", "show", "zzz", "--store", store)[2]
     (store / "memory" / "half.safetensors").write_bytes(b"x")
-    assert "would drop 0 records and 1 leftovers" in say("runs", "prune", "--dry-run", "--store", store)[1]
+    assert "would drop 0 records, 1 leftovers" in say("runs", "prune", "--dry-run", "--store", store)[1]
     for p in (store / "sheets").glob("*.json"):
         p.unlink()
     status, out, _ = say("runs", "prune", "--store", store)

@@ -40,13 +40,13 @@ def base(request, shared):
 
 def computed(tree, top, settings):
     "The records of the command, run by the package of a tree"
-    env = os.environ | dict(PYTHONPATH=str(tree), TOCOAD_CACHE=str(top/"cache"), PYTHONDONTWRITEBYTECODE="1")
-    words = [*WORDS, *settings, "--store", top/"store", "--out", top/"out"]
+    env = os.environ | dict(PYTHONPATH=str(tree), TOCOAD_CACHE=str(top / "cache"), PYTHONDONTWRITEBYTECODE="1")
+    words = [*WORDS, *settings, "--store", top / "store", "--out", top / "out"]
     top.mkdir()
     run = subprocess.run([sys.executable, "-c", COMMAND, *words], env=env, cwd=top, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     found = {}
-    for p in (top/"store").glob("*/*.json"):
+    for p in (top / "store").glob("*/*.json"):
         r = json.loads(p.read_text(encoding="utf-8"))
         if "values" in r and "made_from" in r:
             found[r["key"]] = r | dict(tensors=p.with_suffix(".safetensors"))
@@ -101,7 +101,7 @@ def differences(old, new):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.replace(" ", "-"))
 def test_every_stage_gives_the_same_to_the_last_bit(base, tmp_path, capsys, variant):
-    old, new = (computed(t, tmp_path/n, VARIANTS[variant]) for t, n in ((base, "old"), (ROOT, "new")))
+    old, new = (computed(t, tmp_path / n, VARIANTS[variant]) for t, n in ((base, "old"), (ROOT, "new")))
     a, b = settings_of(old), settings_of(new)
     names = {stage: a[stage] & b[stage] for stage in {*a, *b}}
     there, count, bad = by_origin(new, names), Counter(), []
@@ -124,8 +124,8 @@ def test_every_stage_gives_the_same_to_the_last_bit(base, tmp_path, capsys, vari
 def test_a_changed_bit_is_found(tmp_path):
     "In a value, in a tensor, in its shape; not in a time"
     def record(name, value, tensor, seconds):
-        save_file(dict(x=tensor), tmp_path/name)
-        return dict(values=dict(auroc=value, log=[dict(loss=1., seconds=seconds)]), tensors=tmp_path/name)
+        save_file(dict(x=tensor), tmp_path / name)
+        return dict(values=dict(auroc=value, log=[dict(loss=1., seconds=seconds)]), tensors=tmp_path / name)
     x = np.ones((2, 3), np.float32)
     first = record("first", .5, x, 1.)
     assert differences(first, record("same", .5, x, 2.)) == []

@@ -73,7 +73,7 @@ def test_eval_reads_stored_statistics_and_train_those_of_the_batch(images):
     for bn in ("eval", "train"):
         F = Features()
         seen[bn] = train(F, images, bn=bn)
-        x = images[:4]/255
+        x = images[:4] / 255
         with torch.no_grad():
             together, alone = F(x)[2][:2], F(x[:2])[2]
         assert torch.allclose(together, alone, atol=1e-3) == (bn == "eval")
@@ -91,7 +91,7 @@ def test_batch_statistics_by_hand():
         set_bn(F, "batch")(x)
     conv, out = got
     mean, var = conv.mean((0, 2, 3), keepdim=True), conv.var((0, 2, 3), correction=0, keepdim=True)
-    expected = (conv - mean)/(var + 1e-5).sqrt()
+    expected = (conv - mean) / (var + 1e-5).sqrt()
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -104,19 +104,19 @@ def test_an_unknown_mode_is_refused(F, images):
 
 LOGITS = torch.tensor([[2., -1.], [.5, .5], [-1., 1.], [3., 0.]]).T.reshape(1, 2, 2, 2)
 Y = torch.tensor([[[False, False], [True, True]]])
-P_T = [1/(1 + math.exp(-3)), .5, 1/(1 + math.exp(-2)), 1/(1 + math.exp(3))]
+P_T = [1 / (1 + math.exp(-3)), .5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3))]
 
 
 @pytest.mark.parametrize("gamma", [0., 2., 4.])
 @pytest.mark.parametrize("alpha", [None, .25, .9])
 def test_focal_loss_by_hand(gamma, alpha):
-    weights = [1]*4 if alpha is None else [1 - alpha, 1 - alpha, alpha, alpha]
-    by_hand = sum(-a*(1 - p)**gamma*math.log(p) for a, p in zip(weights, P_T, strict=True))/4
+    weights = [1] * 4 if alpha is None else [1 - alpha, 1 - alpha, alpha, alpha]
+    by_hand = sum(-a * (1 - p)**gamma * math.log(p) for a, p in zip(weights, P_T, strict=True)) / 4
     assert focal_loss(LOGITS, Y, gamma, alpha).item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_no_alpha_is_twice_one_half():
-    torch.testing.assert_close(focal_loss(LOGITS, Y), 2*focal_loss(LOGITS, Y, alpha=.5))
+    torch.testing.assert_close(focal_loss(LOGITS, Y), 2 * focal_loss(LOGITS, Y, alpha=.5))
 
 
 def test_defaults_are_gamma_2_without_alpha():
@@ -124,7 +124,7 @@ def test_defaults_are_gamma_2_without_alpha():
 
 
 def test_cross_entropy_is_focal_with_gamma_0():
-    by_hand = sum(-math.log(p) for p in P_T)/4
+    by_hand = sum(-math.log(p) for p in P_T) / 4
     assert ce_loss(LOGITS, Y).item() == pytest.approx(by_hand, rel=1e-5)
     torch.testing.assert_close(ce_loss(LOGITS, Y), focal_loss(LOGITS, Y, gamma=0.))
     assert LOSSES == dict(focal=focal_loss, ce=ce_loss)
@@ -139,7 +139,7 @@ def test_each_loss_trains_another_d(F, images):
 
 
 def test_logits_beyond_the_exponential_have_finite_gradients():
-    logits = (1e6*LOGITS).requires_grad_()
+    logits = (1e6 * LOGITS).requires_grad_()
     focal_loss(logits, Y, alpha=.25).backward()
     assert logits.grad.isfinite().all()
 
@@ -166,7 +166,7 @@ def test_switches_are_set_inside_and_restored(unusual, precision, flag, half):
     with arithmetic(precision):
         assert switches() == [flag, flag, "ieee", "ieee"] and torch.is_autocast_enabled("cpu") == half
         with arithmetic("fp32"):
-            assert switches() == ["ieee"]*4 and not torch.is_autocast_enabled("cpu")
+            assert switches() == ["ieee"] * 4 and not torch.is_autocast_enabled("cpu")
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert switches() == [flag, flag, "ieee", "ieee"] and torch.is_autocast_enabled("cpu") == half
     assert switches() == unusual and not torch.is_autocast_enabled("cpu")
@@ -196,12 +196,12 @@ def test_maps_and_logits_are_float32_whatever_computes_them(F, images):
     D, out = new_D(F).eval(), {}
     for precision in PRECISIONS:
         with torch.no_grad(), arithmetic(precision):
-            maps = F(images[:2]/255)
+            maps = F(images[:2] / 255)
             out[precision] = [*maps, D(maps)]
         assert {m.dtype for m in out[precision]} == {torch.float32}
     for exact, tf32, rough in zip(*out.values(), strict=True):
         assert torch.equal(exact, tf32)
-        assert 1e-4 < (rough - exact).norm()/exact.norm() < .15
+        assert 1e-4 < (rough - exact).norm() / exact.norm() < .15
 
 
 def test_precision_of_a_whole_stage(F, images):
@@ -231,7 +231,7 @@ def test_bf16_around_a_stage_is_bf16_around_each_forward_pass(F, images):
     pretrain(Wrapped(F), Wrapped(D), squares, images, epochs=2, batch=3, lr=1e-2, size=64, progress=False)
     with arithmetic("bf16"):
         whole, _ = train(F, images, epochs=2, lr=1e-2)
-    x = [m.detach() for m in F(images[:2]/255)]
+    x = [m.detach() for m in F(images[:2] / 255)]
     torch.testing.assert_close(whole(x), D(x), rtol=.02, atol=.02)
 
 
@@ -294,7 +294,7 @@ def test_stage_1_draws_from_its_streams_and_fresh_ones_each_epoch(images):
     I, y = record(images)
     order, anomalies = stream(0, "stage I order"), stream(0, "stage I anomalies")
     expected = [torch.randperm(6, generator=order) for _ in range(2)]
-    assert torch.equal(I, images[torch.cat(expected)]/255)
+    assert torch.equal(I, images[torch.cat(expected)] / 255)
     assert torch.equal(y, torch.cat([squares(I[i:i + 3], anomalies)[1] for i in range(0, 12, 3)]))
     assert not torch.equal(y[:6], y[6:])
     assert not torch.equal(y[:3], squares(I[:3], stream(0, "stage II anomalies"))[1])
@@ -331,14 +331,14 @@ def test_d_learns():
     D = new_D(F)
     before = check_discriminator(F, D.eval(), squares, washers, n=16, size=64)
     log = pretrain(F, D, squares, washers, epochs=10, batch=4, lr=5e-3, size=64, progress=False)
-    assert log[-1]["L_dis"] < log[0]["L_dis"]/2 and not D.training
+    assert log[-1]["L_dis"] < log[0]["L_dis"] / 2 and not D.training
     assert check_discriminator(F, D, squares, washers, n=16, size=64) > max(.85, before)
 
 
 def test_log_and_schedule(F, images):
     _, log = train(F, images[:2], epochs=10, lr=1.)
     assert [e["epoch"] for e in log] == [*range(1, 11)] and set(log[0]) == {"epoch", "L_dis", "lr", "seconds"}
-    assert [e["lr"] for e in log] == pytest.approx([1]*8 + [.2, .04])
+    assert [e["lr"] for e in log] == pytest.approx([1] * 8 + [.2, .04])
 
 
 def test_batches_stay_whole():
@@ -359,7 +359,7 @@ def test_a_nan_loss_names_its_step_and_restores_the_last_good_epoch(F, images):
         return squares(I, generator)
 
     def loss(logits, y):
-        return focal_loss(logits, y)*(math.nan if len(states) == 4 else 1)
+        return focal_loss(logits, y) * (math.nan if len(states) == 4 else 1)
 
     with pytest.raises(Diverged, match=r"became nan at step 4 \(epoch 2\).*try a smaller rate"):
         pretrain(F, D, G, images, epochs=3, batch=3, lr=1e-3, loss=loss, size=64, progress=False)

@@ -84,13 +84,14 @@ def statistics(F): return {k: b for k, b in F.named_buffers() if "running" in k}
 # batch normalisation (gaps 2, 3)
 
 @pytest.mark.parametrize("bn, per_step, stored", [
-    ("train", [(True, True)]*3, 3), ("views", [(True, True)]*2 + [(True, False)], 2), ("eval", [(False, True)]*3, 0)])
+    ("train", [(True, True)] * 3, 3), ("views", [(True, True)] * 2 + [(True, False)], 2),
+    ("eval", [(False, True)] * 3, 0)])
 def test_batch_norm_of_f_in_each_pass(bn, per_step, stored):
     F, C, D = parts()
     seen = passes(F)
     tune(F, C, D, bn=bn) # two steps: two views and one batch of pseudo-anomalies each
-    assert seen == per_step*2
-    assert F.get_buffer("net.bn1.num_batches_tracked") - F_0.get_buffer("net.bn1.num_batches_tracked") == 2*stored
+    assert seen == per_step * 2
+    assert F.get_buffer("net.bn1.num_batches_tracked") - F_0.get_buffer("net.bn1.num_batches_tracked") == 2 * stored
     assert bool(moved(F, "named_buffers")) == (bn != "eval")
     assert not F.training and F.net.bn1.track_running_stats
 
@@ -176,7 +177,7 @@ def test_contrastive_only_and_two_stage_see_the_same_order_and_views():
     tune(F, C, D, epochs=2)
     tune(F_c, C_c, epochs=2, bn="eval", lam=1.)
     a, b = C.views.seen, C_c.views.seen
-    assert len(a) == len(b) == 2*2*2
+    assert len(a) == len(b) == 2 * 2 * 2
     for one, two in zip(a, b, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
     assert not torch.equal(a[0][0], a[4][0]) and not torch.equal(a[0][1], a[1][1]) # another order each epoch, two views
@@ -211,7 +212,7 @@ def test_looking_at_f_after_each_epoch_changes_nothing():
 @pytest.mark.parametrize("M", [2, 3])
 def test_eq_5_as_printed_is_twice_the_mean(M):
     (g, log), (g_p, log_p) = (step(*parts(M=M, printed=printed)[:2]) for printed in (False, True))
-    assert log_p["L_sym"] == 2*log["L_sym"] and all(torch.equal(g_p[k], 2*g[k]) for k in g)
+    assert log_p["L_sym"] == 2 * log["L_sym"] and all(torch.equal(g_p[k], 2 * g[k]) for k in g)
 
 
 def test_more_views_are_more_passes():
@@ -269,8 +270,8 @@ def test_views_do_not_depend_on_the_arithmetic_of_the_networks():
 
 def test_without_d_the_weight_is_taken_as_given():
     (g1, log1), (g, log) = (step(*parts()[:2], lam=lam) for lam in (1., .5))
-    assert all(torch.equal(g[k], g1[k]/2) for k in g)
-    assert log["L_sym"] == log1["L_sym"] and log["g_sym"] == log1["g_sym"]/2
+    assert all(torch.equal(g[k], g1[k] / 2) for k in g)
+    assert log["L_sym"] == log1["L_sym"] and log["g_sym"] == log1["g_sym"] / 2
     assert log["L_neg"] == log["g_neg"] == log["share"] == 0
 
 
@@ -281,19 +282,19 @@ def test_gradients_add_up_to_eq_6_and_the_share_is_d_s():
     g_sym, _ = step(F, C, bn="eval", lam=.3)
     I_G, y = Rectangles()(to_float(IMAGES)[..., 4:-4, 4:-4], stream(0, "a"))
     names, params = zip(*F.named_parameters(), strict=True)
-    g_neg = dict(zip(names, torch.autograd.grad(.7*focal_loss(D(F(I_G)), y), params, allow_unused=True), strict=True))
+    g_neg = dict(zip(names, torch.autograd.grad(.7 * focal_loss(D(F(I_G)), y), params, allow_unused=True), strict=True))
     for k in g:
         torch.testing.assert_close(g[k], g_sym[k] + (0 if g_neg[k] is None else g_neg[k]), rtol=1e-3, atol=1e-5)
     length = torch.cat([v.flatten() for v in g_neg.values() if v is not None]).norm()
     torch.testing.assert_close(log["g_neg"], length, rtol=1e-2, atol=1e-6)
-    torch.testing.assert_close(log["share"], length/(length + log["g_sym"]), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(log["share"], length / (length + log["g_sym"]), rtol=1e-2, atol=1e-6)
 
 
 def test_another_l_neg_changes_d_s_pull_only():
-    def twice(logits, y): return 2*ce_loss(logits, y)
+    def twice(logits, y): return 2 * ce_loss(logits, y)
     (_, a), (_, b) = (step(*parts(), loss=loss, bn="eval") for loss in (ce_loss, twice))
-    assert b["L_neg"] == 2*a["L_neg"] and b["L_sym"] == a["L_sym"] and b["g_sym"] == a["g_sym"]
-    torch.testing.assert_close(b["g_neg"], 2*a["g_neg"], rtol=1e-2, atol=1e-6)
+    assert b["L_neg"] == 2 * a["L_neg"] and b["L_sym"] == a["L_sym"] and b["g_sym"] == a["g_sym"]
+    torch.testing.assert_close(b["g_neg"], 2 * a["g_neg"], rtol=1e-2, atol=1e-6)
 
 
 def test_a_student_s_contrast_may_return_one_number():
@@ -324,7 +325,7 @@ def test_byol_s_target_runs_in_f_s_mode(bn, mode):
     F, C, D = parts(BYOL)
     seen = passes(F)
     tune(F, C, D, bn=bn)
-    assert len(seen) == 2*(2 + 2 + 1) and {s[0] for s in seen} == {mode}
+    assert len(seen) == 2 * (2 + 2 + 1) and {s[0] for s in seen} == {mode}
 
 
 def test_byol_s_first_step_is_simsiam_s():
@@ -341,7 +342,7 @@ def test_byol_s_target_moves_by_the_average_and_gets_no_gradient():
     C.update(F)
     for old, target, online in zip(before, C.target, (F, C.heads), strict=True):
         for k, p in online.named_parameters():
-            torch.testing.assert_close(target[k], .9*old[k] + .1*p.detach())
+            torch.testing.assert_close(target[k], .9 * old[k] + .1 * p.detach())
         for k, b in online.named_buffers():
             assert torch.equal(target[k], b)
         assert not any(v.requires_grad or v.grad is not None for v in target.values())

@@ -15,15 +15,15 @@ from .paper.regenerate import run_notebook
 from .run.source import PACKAGE
 
 # %% ../nbs/bench.ipynb #20dfb269
-FOLDER = PACKAGE.parent/"nbs"/"bench"
+FOLDER = PACKAGE.parent / "nbs" / "bench"
 BENCHES = ("memory", "metrics", "generators", "training", "start", "scaling", "gpu", "precision")
 DEFAULT = BENCHES[:-1] # precision is no speed, and takes half an hour on real images
 
 def notebook_of(
-    name:str, # of `BENCHES`, or "results"
+    name: str, # of `BENCHES`, or "results"
 ) -> Path:
     "The notebook that measures"
-    if not (path := FOLDER/f"{name}.ipynb").exists():
+    if not (path := FOLDER / f"{name}.ipynb").exists():
         raise BadInput(f"{path.name} is not beside this installation: clone the repository, "
                        "install it with `pip install -e .`, and run tocoad from there.")
     return path
@@ -31,7 +31,7 @@ def notebook_of(
 # %% ../nbs/bench.ipynb #bf02246b
 def measure(
     names, out, # of `BENCHES`; folder: results go to its `bench`, executed notebooks to its `notebooks`
-    device:str="cpu", root=None, quick:bool=False, # parameters of the notebooks
+    device: str = "cpu", root=None, quick: bool = False, # parameters of the notebooks
     log=lambda line: None, # told what happens
 ) -> tuple: # the table in words, "" if there is none; name -> why a notebook failed
     "Run the notebooks and join what they found"
@@ -41,7 +41,7 @@ def measure(
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *([path] if path else [])]) # for `import measuring`
     def run(name, **given):
         "Whether a notebook ran and wrote its results"
-        (file := out/"bench"/f"{name}.json").unlink(missing_ok=True)
+        (file := out / "bench" / f"{name}.json").unlink(missing_ok=True)
         start, why = time.perf_counter(), run_notebook(name, out, dict(given, out=str(out)), notebook_of(name))
         log(f"{name}: {why or 'done'} ({time.perf_counter() - start:.0f} s)")
         if why:
@@ -52,4 +52,4 @@ def measure(
         run("results", names=done)
     if not done or "results" in failed:
         return "", failed
-    return (out/"bench"/"bench.txt").read_text(encoding="utf-8"), failed
+    return (out / "bench" / "bench.txt").read_text(encoding="utf-8"), failed

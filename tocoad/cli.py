@@ -40,13 +40,14 @@ def settle(root=None, dataset=None, category=None, profile=None, set_=(), system
 
 # %% ../nbs/cli.ipynb #8ba3aa42
 def run(
-    *, root:Path=None, # folder that holds the category's folder (default: the embedded mini data set)
-    dataset:str=None, # name of the data set, such as mvtec_ad (default: recognised by its folders)
-    category:str=None, # such as bottle (default without --root: washer)
-    profile:Profile=None, # default: laptop, or smoke without --root
-    systems:list[str]=("frozen", "tocoad"), # which to run, the one that others are compared with first
-    out:Path=Path("runs"), # folder for heat maps, curves and the record
-    set_:list[str]=(), seeds:list[int]=(0,), device:str=None, store:str=None, json_:bool=False, quiet:bool=False,
+    *, root: Path = None, # folder that holds the category's folder (default: the embedded mini data set)
+    dataset: str = None, # name of the data set, such as mvtec_ad (default: recognised by its folders)
+    category: str = None, # such as bottle (default without --root: washer)
+    profile: Profile = None, # default: laptop, or smoke without --root
+    systems: list[str] = ("frozen", "tocoad"), # which to run, the one that others are compared with first
+    out: Path = Path("runs"), # folder for heat maps, curves and the record
+    set_: list[str] = (), seeds: list[int] = (0,), device: str = None, store: str = None,
+    json_: bool = False, quiet: bool = False,
 ):
     "Train and score systems on one category: ToCoAD's frozen, contrastive-only and two-stage features, or others"
     from tocoad.data.load import load
@@ -72,30 +73,30 @@ def _keep(result, out, as_json):
     from tocoad.run import compare, report
     from tocoad.run.store import write_json
     record, c = compare.record(result), result.cfg
-    stem = out/f"{c.dataset}_{c.category}_{c.profile}"
+    stem = out / f"{c.dataset}_{c.category}_{c.profile}"
     write_json(record, f"{stem}.json")
     drawing.save(drawing.comparison_maps(result, report.title(record)), f"{stem}_maps.png")
     if record["training"]:
         drawing.save(report.curves(record), f"{stem}_curves.png")
-    written = f"Written: {stem}.json, _maps.png" + ", _curves.png"*bool(record["training"])
+    written = f"Written: {stem}.json, _maps.png" + ", _curves.png" * bool(record["training"])
     notes = [*(f"Note: {n}" for n in result.data.notes), written]
     print(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *notes]), sep="\n")
 
 # %% ../nbs/cli.ipynb #ee0d50d0
 def reproduce(
-    targets:list[str], # table1 ... table9, figure1 ... figure7, audit, verdict, tables, figures, all; or panel
-    *, profile:list[Profile]=(), # one, or several to stand side by side (default: laptop, or smoke without --root)
-    root:str=None, # folder that holds mvtec_ad, visa, btad, as far as they are there (default: the mini data set)
-    categories:list[str]=None, # only these (default: all that are there)
-    folders:list[str]=(), # for the panel: the folders of its categories, such as data/mvtec_ad/bottle
-    param:list[str]=(), # NAME=VALUE, more parameters for the notebooks that have them
-    out:Path=Path("reports"), # folder for tables, figures, notebooks and index.html
-    workers:str=None, # a dask scheduler's address, or local:N for N processes here
-    keep:Literal["all", "scores"]=None, # tensors to keep (default: all, or scores for profiles literal and paper)
-    budget:str=None, # such as 40h: what says most first, as far as the time goes; the same command goes on
-    dry_run:bool=False, # say what would be computed, how much of it is stored, and how long the rest takes
-    rates:Path=None, # with --dry-run: bench.json of `tocoad bench gpu`, whose rates the hours are counted with
-    set_:list[str]=(), seeds:list[int]=(0,), store:str=None, device:str=None, quiet:bool=False,
+    targets: list[str], # table1 ... table9, figure1 ... figure7, audit, verdict, tables, figures, all; or panel
+    *, profile: list[Profile] = (), # one, or several to stand side by side (default: laptop, or smoke without --root)
+    root: str = None, # folder that holds mvtec_ad, visa, btad, as far as they are there (default: the mini data set)
+    categories: list[str] = None, # only these (default: all that are there)
+    folders: list[str] = (), # for the panel: the folders of its categories, such as data/mvtec_ad/bottle
+    param: list[str] = (), # NAME=VALUE, more parameters for the notebooks that have them
+    out: Path = Path("reports"), # folder for tables, figures, notebooks and index.html
+    workers: str = None, # a dask scheduler's address, or local:N for N processes here
+    keep: Literal["all", "scores"] = None, # tensors to keep (default: all, or scores for profiles literal and paper)
+    budget: str = None, # such as 40h: what says most first, as far as the time goes; the same command goes on
+    dry_run: bool = False, # say what would be computed, how much of it is stored, and how long the rest takes
+    rates: Path = None, # with --dry-run: bench.json of `tocoad bench gpu`, whose rates the hours are counted with
+    set_: list[str] = (), seeds: list[int] = (0,), store: str = None, device: str = None, quiet: bool = False,
 ) -> int: # exit status
     "Regenerate the paper's tables and figures"
     from tocoad.paper import reproduce as room
@@ -113,28 +114,28 @@ def _carry_out(targets, every, out, budget, workers, keep, quiet, extra):
     "Compute, draw, say what failed"
     from tocoad.paper.reproduce import reproduce
     writable(out)
-    log, still = logger(out/"reproduce.log", quiet), quiet or not sys.stderr.isatty()
+    log, still = logger(out / "reproduce.log", quiet), quiet or not sys.stderr.isatty()
     failed = reproduce(targets, every, out, budget, workers, keep, log, still, extra)
     for t, reasons in failed.items():
         for why in dict.fromkeys(reasons):
             say(f"{t}: {why}")
     n = sum(map(len, failed.values()))
-    print(f"Written: {out/'index.html'}" + f"; {n} cells or notebooks failed, start again to retry them"*(n > 0))
+    print(f"Written: {out / 'index.html'}" + f"; {n} cells or notebooks failed, start again to retry them" * (n > 0))
     return int(n > 0)
 
 # %% ../nbs/cli.ipynb #322c89b8
-def data_list(*, to:Path=None, json_:bool=False): # print JSON instead of a table
+def data_list(*, to: Path = None, json_: bool = False): # print JSON instead of a table
     "List data sets: licence, size, where they lie, what is there"
     from tocoad.data import archives
     sets = archives.list_sets(to)
     print(json.dumps(sets.to_dict("records"), indent=1) if json_ else archives.sets_text(sets))
 
 def data_get(
-    name:str, # as `tocoad data list` shows it
-    *, archive:Path=None, # an archive that is here already
-    from_:str=None, # another address to fetch it from
-    accept_licence:bool=False, # you have read the licence and accept it
-    to:Path=None, quiet:bool=False,
+    name: str, # as `tocoad data list` shows it
+    *, archive: Path = None, # an archive that is here already
+    from_: str = None, # another address to fetch it from
+    accept_licence: bool = False, # you have read the licence and accept it
+    to: Path = None, quiet: bool = False,
 ):
     "Fetch or take an archive, check it, unpack it"
     from tocoad.data import archives
@@ -142,10 +143,10 @@ def data_get(
 
 # %% ../nbs/cli.ipynb #09cc0737
 def data_verify(
-    folder:Path, # holds the categories' folders
-    *, dataset:str=None, # its name (default: recognised by its folders)
-    manifest:Path=None, # SHA-256 of every file: written if it is not there, compared if it is (default: SHA256SUMS)
-    quiet:bool=False,
+    folder: Path, # holds the categories' folders
+    *, dataset: str = None, # its name (default: recognised by its folders)
+    manifest: Path = None, # SHA-256 of every file: written if it is not there, compared if it is (default: SHA256SUMS)
+    quiet: bool = False,
 ) -> int: # exit status
     "Count, decode and compare every file of a folder"
     from tocoad.data.verify import verify
@@ -154,9 +155,9 @@ def data_verify(
     return int(not report.ok)
 
 def data_write(
-    layout:str, # mvtec, visa, btad, mvtec_ad_2, kolektor_sdd, magnetic_tile or folder
-    folder:Path, # a new folder
-    *, traps:bool=False, # with what trips readers: index masks, mixed suffixes, rotated, 16-bit, palette images, ...
+    layout: str, # mvtec, visa, btad, mvtec_ad_2, kolektor_sdd, magnetic_tile or folder
+    folder: Path, # a new folder
+    *, traps: bool = False, # with what trips readers: index masks, mixed suffixes, rotated, 16-bit, palette images, ...
 ):
     "Write the embedded mini data set, laid out as another"
     from tocoad.data.trees import write_layout
@@ -164,15 +165,15 @@ def data_write(
 
 # %% ../nbs/cli.ipynb #e1c18f5b
 def fit(
-    *, good:Path, # folder of good images, searched with its sub-folders
-    model:Path, # file to write, such as parts.safetensors
-    profile:Profile="laptop", # where the settings come from
-    stages:Literal["none", "both"]="none", # none: frozen features; both: tuned by the paper's two stages
-    seed:int=0, # of the order of images, and of the training
-    quantile:float=.95, # share of held-out good images that the threshold lets pass
-    most:int=2000, # good images used at most
-    export:Literal["onnx"]=None, # write features and scorer as ONNX files too
-    set_:list[str]=(), device:str=None, quiet:bool=False,
+    *, good: Path, # folder of good images, searched with its sub-folders
+    model: Path, # file to write, such as parts.safetensors
+    profile: Profile = "laptop", # where the settings come from
+    stages: Literal["none", "both"] = "none", # none: frozen features; both: tuned by the paper's two stages
+    seed: int = 0, # of the order of images, and of the training
+    quantile: float = .95, # share of held-out good images that the threshold lets pass
+    most: int = 2000, # good images used at most
+    export: Literal["onnx"] = None, # write features and scorer as ONNX files too
+    set_: list[str] = (), device: str = None, quiet: bool = False,
 ):
     "Learn from a folder of good parts"
     from tocoad.parts import export as files
@@ -199,12 +200,12 @@ def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
 
 # %% ../nbs/cli.ipynb #974d2449
 def score(
-    *, model:Path, # file that `tocoad fit` wrote
-    images:Path, # folder of images, searched with its sub-folders
-    out:Path, # folder for scores.csv and heat maps
-    maps:int=100, # heat maps, of the worst
-    batch:int=None, # images at a time (default: as memory allows)
-    device:str=None, quiet:bool=False,
+    *, model: Path, # file that `tocoad fit` wrote
+    images: Path, # folder of images, searched with its sub-folders
+    out: Path, # folder for scores.csv and heat maps
+    maps: int = 100, # heat maps, of the worst
+    batch: int = None, # images at a time (default: as memory allows)
+    device: str = None, quiet: bool = False,
 ) -> int: # exit status
     "Score a folder of parts: table, decisions, heat maps"
     from tocoad.parts import export, score
@@ -212,16 +213,16 @@ def score(
         if maps < 0 or batch is not None and batch < 1:
             raise BadInput(f"--maps {maps}, --batch {batch}: give 0 or more maps, and at least 1 image at a time.")
     done = score.score(export.load(model, device), images, out, maps, batch, not quiet)
-    print(done.text(), f"Written: {out/'scores.csv'}, summary.json, maps/", sep="\n")
+    print(done.text(), f"Written: {out / 'scores.csv'}, summary.json, maps/", sep="\n")
     return say(done.problem) if done.problem else 0
 
 # %% ../nbs/cli.ipynb #fa6953e0
 def bench(
-    names:list[str]=(), # memory, metrics, generators, training, start, scaling, gpu (default: these), precision
-    *, root:Path=None, # folder that holds mvtec_ad/bottle (default: drawn images of the same number and size)
-    out:Path=Path("reports"), # folder for results, table and picture, in its folder bench
-    quick:bool=False, # small sizes: shows that everything runs and that the results agree, says nothing about speed
-    device:str=None, quiet:bool=False,
+    names: list[str] = (), # memory, metrics, generators, training, start, scaling, gpu (default: these), precision
+    *, root: Path = None, # folder that holds mvtec_ad/bottle (default: drawn images of the same number and size)
+    out: Path = Path("reports"), # folder for results, table and picture, in its folder bench
+    quick: bool = False, # small sizes: shows that everything runs and that the results agree, says nothing about speed
+    device: str = None, quiet: bool = False,
 ) -> int: # exit status
     "Measure speed beside other implementations"
     from tocoad import bench as room
@@ -232,10 +233,10 @@ def bench(
             raise BadInput(f"there is no folder {root}: give as --root the folder that holds mvtec_ad.")
         names = [one_of(n, room.BENCHES, "a benchmark") for n in dict.fromkeys(names or room.DEFAULT)]
     writable(out)
-    log, device = logger(out/"bench.log", quiet), str(find_device(device))
+    log, device = logger(out / "bench.log", quiet), str(find_device(device))
     words, failed = room.measure(names, out, device, root, quick, log)
     if words:
-        print(words, f"Written: {out/'bench'/'bench.json'}, bench.png", sep="\n")
+        print(words, f"Written: {out / 'bench' / 'bench.json'}, bench.png", sep="\n")
     return max([0, *(say(f"{n}: {why}") for n, why in failed.items())])
 
 # %% ../nbs/cli.ipynb #cb76bbef
@@ -247,7 +248,7 @@ def _store(root):
         raise BadInput(f"there is no store at {root}: give --store, or run something first.")
     return Store(root)
 
-def runs_list(*, store:str=None):
+def runs_list(*, store: str = None):
     "List the stored runs"
     store = _store(store)
     records = store.records()
@@ -255,9 +256,9 @@ def runs_list(*, store:str=None):
         print(_line(r))
     for stage in dict.fromkeys(r["stage"] for r in records):
         mine = [r for r in records if r["stage"] == stage]
-        kept = sum(r["bytes"] for r in mine if (store.root/stage/f"{r['key']}.safetensors").exists())
-        print(f"{stage}: {len(mine)} records, {kept/1e6:.1f} MB, {sum(r['seconds'] for r in mine):.0f} s of work")
-    files = sorted((store.root/"imported").glob("*.jsonl"))
+        kept = sum(r["bytes"] for r in mine if (store.root / stage / f"{r['key']}.safetensors").exists())
+        print(f"{stage}: {len(mine)} records, {kept / 1e6:.1f} MB, {sum(r['seconds'] for r in mine):.0f} s of work")
+    files = sorted((store.root / "imported").glob("*.jsonl"))
     print(f"{store.root}: {len(records)} records", *(f"imported: {p.name}" for p in files), sep="\n")
 
 # %% ../nbs/cli.ipynb #c70d83bb
@@ -265,22 +266,22 @@ def _line(r):
     "A scored run on a line"
     c, v, how = r["config"], r["values"], [r["method"]]
     if r["method"] != "frozen" and "lam" in c:
-        how += [c["generator"]]*(r["method"] == "two_stage") + [c["contrast"], "+".join(map(str, c["layers"]))]
-        how += [f"lam={c['lam']}", c["loss"]] + ["concat"]*c["concat"]
+        how += [c["generator"]] * (r["method"] == "two_stage") + [c["contrast"], "+".join(map(str, c["layers"]))]
+        how += [f"lam={c['lam']}", c["loss"]] + ["concat"] * c["concat"]
     own = f", own {' and '.join(r['custom'])}" if r["custom"] else ""
-    image, pixel = ("-" if x is None else f"{100*x:.2f}" for x in (v["image_auroc"], v.get("pixel_auroc")))
+    image, pixel = ("-" if x is None else f"{100 * x:.2f}" for x in (v["image_auroc"], v.get("pixel_auroc")))
     return (f"{r['key'][:8]}  {r['written'][:16]}  {r['profile']:<6}  {r['dataset']}/{r['category']:<12} "
             f"seed {r['seed']}  {image} / {pixel}  {' '.join(how)}{own}")
 
 # %% ../nbs/cli.ipynb #f2d27198
-def runs_show(key:str, *, store:str=None): # folder of stored stages
+def runs_show(key: str, *, store: str = None): # folder of stored stages
     "Show one record, whole"
     found = [r for r in _store(store).records() if r["key"].startswith(key)]
     if len(found) != 1:
         raise BadInput(f"{len(found)} records begin with {key!r}: `tocoad runs list` shows the keys.")
     print(json.dumps(found[0], indent=1))
 
-def runs_prune(*, store:str=None, dry_run:bool=False): # only say what would go
+def runs_prune(*, store: str = None, dry_run: bool = False): # only say what would go
     "Drop what no current sheet names, and what broken runs left"
     from tocoad.run.exchange import sheets
     store = _store(store)
@@ -294,20 +295,20 @@ def runs_prune(*, store:str=None, dry_run:bool=False): # only say what would go
         store.drop(r)
     for p in () if dry_run else left:
         p.unlink(missing_ok=True)
-    print(f"{'would drop' if dry_run else 'dropped'} {len(gone)} records and {len(left)} leftovers, {size/1e6:.1f} MB; "
+    print(f"{'would drop' if dry_run else 'dropped'} {len(gone)} records, {len(left)} leftovers, {size / 1e6:.1f} MB; "
           f"{len(needed)} stages are named by {len(newest)} tables and figures")
 
 # %% ../nbs/cli.ipynb #53608c97
 def runs_export(
-    file:Path, *, for_:list[str]=None, # tables whose records are written (default: all that the store has)
-    store:str=None,
+    file: Path, *, for_: list[str] = None, # tables whose records are written (default: all that the store has)
+    store: str = None,
 ):
     "Write the records behind tables as one file"
     from tocoad.run.exchange import export
     n = export(_store(store), file, for_)
-    print(f"Written: {file}, {n} records, {file.stat().st_size/1e6:.1f} MB")
+    print(f"Written: {file}, {n} records, {file.stat().st_size / 1e6:.1f} MB")
 
-def runs_import(file:Path, *, store:str=None): # folder of stored stages
+def runs_import(file: Path, *, store: str = None): # folder of stored stages
     "Check such a file and keep it in the store"
     from tocoad.run.exchange import add, read
     from tocoad.run.store import Store
@@ -325,7 +326,7 @@ GROUPS = dict(data="list, get, verify or write data sets", runs="list, show, pru
 
 # %% ../nbs/cli.ipynb #b6218561
 def main(
-    words:list|None=None, # after `tocoad`; None: those of the process
+    words: list | None = None, # after `tocoad`; None: those of the process
 ) -> int: # exit status: 0 done, 1 failed, 2 wrong command
     "The command `tocoad`"
     for stream in (sys.stdout, sys.stderr):

@@ -30,7 +30,7 @@ SHARED = dict(
 
 # %% ../nbs/command.ipynb #ef30a4fa
 def argument(
-    name:str, x, # of a parameter; what `docments` says of it
+    name: str, x, # of a parameter; what `docments` says of it
 ) -> tuple: # name, settings for `add_argument`
     "A parameter as an argument of a command"
     several, option, needed = get_origin(x.anno) is list, x.kind is Parameter.KEYWORD_ONLY, x.default is Parameter.empty
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(
     commands, # functions
-    groups:dict, # command -> help, of those that have actions
+    groups: dict, # command -> help, of those that have actions
 ) -> argparse.ArgumentParser:
     "The words and options of some commands"
     p = _Parser("tocoad", description="Two-stage contrastive learning for industrial anomaly detection, reproducibly.")
@@ -88,14 +88,14 @@ def wrong_command():
         raise
 
 def say(
-    message, status:int=1, # any; what to return
+    message, status: int = 1, # any; what to return
 ) -> int: # exit status
     "One line on standard error"
     print(f"tocoad: {printable(message)}", file=sys.stderr)
     return status
 
 def writable(
-    folder:Path, option:str="--out", # made if needed; that could name another
+    folder: Path, option: str = "--out", # made if needed; that could name another
 ):
     "Make sure that a folder can be written to, before any work is done"
     try:
@@ -106,12 +106,12 @@ def writable(
 
 # %% ../nbs/command.ipynb #9cff0980
 def logger(
-    path:Path, quiet:bool, # file that lines are added to; only there
+    path: Path, quiet: bool, # file that lines are added to; only there
 ): # a function of a line
     "A function that writes lines to a file and, if nobody watches bars, to the terminal"
     def log(line):
         "One line, with the time"
         with open(path, "a", encoding="utf-8") as f:
-            for to in [f] + [sys.stderr]*(not quiet and not sys.stderr.isatty()):
+            for to in [f] + [sys.stderr] * (not quiet and not sys.stderr.isatty()):
                 print(time.strftime("%H:%M:%S"), line, file=to)
     return log

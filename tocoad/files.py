@@ -24,7 +24,7 @@ from .data.errors import BadInput
 def whole(
     path: Path, # a file, or a folder that is new or empty
 ) -> Iterator[Path]: # where to write it
-    "A place beside `path` that takes its name at the end, and is gone if anything went wrong before."
+    "A place beside `path` that takes its name at the end, and is gone if anything went wrong before"
     aside = path.with_name(f".{path.name}-{uuid4().hex[:12]}")
     try:
         yield aside
@@ -39,12 +39,12 @@ def whole(
 
 # %% ../nbs/files.ipynb #64fa7bcd
 def cache_dir() -> Path: # may not exist yet
-    "Where decoded images and stored results are kept: `TOCOAD_CACHE`, or the system's cache folder."
+    "Where decoded images and stored results are kept: `TOCOAD_CACHE`, or the system's cache folder"
     return Path(os.environ.get("TOCOAD_CACHE") or platformdirs.user_cache_path("tocoad")).expanduser()
 
 # %% ../nbs/files.ipynb #70e571f3
 def state_of(p: Path) -> tuple: # size, times of change, number on the disk
-    "What changes whenever a file, or the file behind a link, does."
+    "What changes whenever a file, or the file behind a link, does"
     try:
         s = p.stat()
     except OSError as e:
@@ -52,7 +52,7 @@ def state_of(p: Path) -> tuple: # size, times of change, number on the disk
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
 
 def source_hash(*functions, also=()) -> str: # 16 hexadecimal digits
-    "A hash of the functions' source, and of values that matter too."
+    "A hash of the functions' source, and of values that matter too"
     text = repr(also) + "".join(inspect.getsource(f) for f in functions)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -61,17 +61,17 @@ def _files(folder):
     "Files below a folder by their names in it"
     return sorted((p.relative_to(folder).as_posix(), p) for p in Path(folder).rglob("*") if p.is_file())
 
-def folder_state(folder: Path|str) -> str: # 16 hexadecimal digits
-    "A hash of where a folder lies and of the names and states of the files below it."
+def folder_state(folder: Path | str) -> str: # 16 hexadecimal digits
+    "A hash of where a folder lies and of the names and states of the files below it"
     found = [(name, *state_of(p)) for name, p in _files(folder)]
     return hashlib.blake2b(repr((os.path.realpath(folder), found)).encode(errors="surrogateescape"),
                            digest_size=8).hexdigest()
 
 def folder_content(
-    folder: Path|str, # of files
+    folder: Path | str, # of files
     anew: bool = False, # read again what was remembered
 ) -> str: # 16 hexadecimal digits
-    "A hash of the names and contents of the files below a folder."
+    "A hash of the names and contents of the files below a folder"
     kept = cache_dir() / "contents" / folder_state(folder)
     with suppress(OSError):
         if not anew and len(found := kept.read_text()) == 16:

@@ -60,7 +60,7 @@ def matmul_rate(device="cpu", shape=(4096, 1024, 2048), dtype="float32", seconds
     m, k, n = shape
     A, B = (torch.rand(s, device=device).to(getattr(torch, dtype)) for s in ((m, k), (k, n)))
     t = Timer("A @ B", globals=dict(A=A, B=B), num_threads=torch.get_num_threads())
-    return 2*m*k*n/min(t.blocked_autorange(min_run_time=seconds).times)
+    return 2 * m * k * n / min(t.blocked_autorange(min_run_time=seconds).times)
 
 
 class Watch:
@@ -108,14 +108,14 @@ class Watch:
             self.thread.join()
         else:
             lines = Path("/proc/self/status").read_text().splitlines()
-            self.top = next(int(line.split()[1])*1024 for line in lines if line.startswith("VmHWM"))
+            self.top = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
         used = self.gpu.max_memory_allocated() - self.gpu_start if self.gpu else max(self.top - self.start, 0)
-        self.mb = used/1e6
+        self.mb = used / 1e6
 
 
 def result(name, peer, ours_s, peer_s, ratios=None, **more): # seconds; peer / ours of each round
     "One measurement: name, peer, ours_s, peer_s, ratio, low, high, peak_mb and more"
-    ratios = ratios or [peer_s/ours_s]
+    ratios = ratios or [peer_s / ours_s]
     found = dict(ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), peak_mb=None)
     return dict(name=name, peer=peer, ours_s=ours_s, peer_s=peer_s) | found | more
 
@@ -136,10 +136,10 @@ def race(name, ours, peers, repeats=3, scale=None, warm=1, clock=timer, **more):
             else:
                 s = timed(runners[k], 1, 0, clock)[0]
             if i >= 0:
-                seconds[k].append(s*scale.get(k, 1))
+                seconds[k].append(s * scale.get(k, 1))
     middle = {k: statistics.median(s) for k, s in seconds.items()}
     def one(k):
-        ratios = [p/o for p, o in zip(seconds[k], seconds[None], strict=True)]
+        ratios = [p / o for p, o in zip(seconds[k], seconds[None], strict=True)]
         scaled = {"scaled": scale[k]} if k in scale else {}
         return result(name, k, middle[None], middle[k], ratios, peak_mb=peak[None], peer_peak_mb=peak[k],
                       repeats=repeats, **scaled, **more)
@@ -166,7 +166,7 @@ GOALS = [Goal(*g) for g in (
     ("coreset.bottle", "anomalib", "ratio", True, 50, "50 times"),
     ("coreset.bottle", "matrix product", "ratio", True, .5, "within 2x of the floor"),
     ("coreset.bottle", "matrix product", "peak_inputs", False, 2, "memory under 2 x the features"),
-    ("neighbours.bottle", "faiss", "ratio", True, 1/1.3, "within 1.3x"),
+    ("neighbours.bottle", "faiss", "ratio", True, 1 / 1.3, "within 1.3x"),
     ("scores.bottle", "anomalib", "ratio", True, 2, "2 times"),
     ("metrics.5m", "scikit-learn", "ratio", True, 10, "10 times"),
     ("metrics.5m", "scikit-learn", "ours_s", False, 1, "under 1 s"),
@@ -195,7 +195,7 @@ def goals(r):
 
 def span(s):
     "Seconds in words"
-    return f"{s:.3g} s" if s >= 1 else f"{1e3*s:.3g} ms" if s >= 1e-3 else f"{1e6*s:.3g} µs"
+    return f"{s:.3g} s" if s >= 1 else f"{1e3 * s:.3g} ms" if s >= 1e-3 else f"{1e6 * s:.3g} µs"
 
 
 def table(results, judged=True):
@@ -258,7 +258,7 @@ class Bench:
     def save(self):
         "Write `bench/<name>.json`, whole or not at all; returns its path"
         every = self.head | self.more | dict(results=self.results, missing=self.missing)
-        return write_json(every, self.out/"bench"/f"{self.name}.json")
+        return write_json(every, self.out / "bench" / f"{self.name}.json")
 
 
 def load(paths):
@@ -283,7 +283,7 @@ def text(b): # from `load`
     "Everything in words: machine, table, what is missing"
     hw, every = b["hardware"], [] if b["quick"] else [ok for r in b["results"] for _, ok in goals(r)]
     machine = hw["device"] if hw["device"] != "cpu" else f"{hw['cpu']}, {hw['cores']} cores"
-    head = f"{machine}, load {b['load']}" + " (quick: small sizes, which have no goals)"*b["quick"]
+    head = f"{machine}, load {b['load']}" + " (quick: small sizes, which have no goals)" * b["quick"]
     body = table(b["results"], not b["quick"]).to_string() if b["results"] else "no speeds here: see the notebook"
     lacks = [f"{m['name']}, {m['peer']}: not measured, {m['why']}" for m in b["missing"]]
     reached = [f"{sum(every)} of {len(every)} goals reached"] if every else []
@@ -292,19 +292,19 @@ def text(b): # from `load`
 
 def plot(results, heading="", judged=True):
     "Ratios as bars on a logarithmic axis, their spread, and the goals as marks: green reached, red missed, grey none"
-    fig, ax = plt.subplots(figsize=(8.4, 1.1 + .3*len(results)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8.4, 1.1 + .3 * len(results)), layout="constrained")
     for y, r in enumerate(results):
         g = next((g for g in GOALS if judged and g.field == "ratio" and g.fits(r)), None)
         colour = GREY if g is None else HUES["good"] if g.holds(r) else HUES["bad"]
-        ax.plot([1, min(r["ratio"], 2*FAR)], [y, y], color=colour, lw=7, solid_capstyle="butt", alpha=.9)
+        ax.plot([1, min(r["ratio"], 2 * FAR)], [y, y], color=colour, lw=7, solid_capstyle="butt", alpha=.9)
         ax.plot([r["low"], r["high"]], [y, y], color=INK, lw=1)
         if g:
-            ax.plot([g.value]*2, [y - .38, y + .38], color=INK, lw=2)
+            ax.plot([g.value] * 2, [y - .38, y + .38], color=INK, lw=2)
         label, at = f"{r['ratio']:,.3g}" if r["ratio"] < FAR else f"{r['ratio']:,.0f}", min(max(r["high"], 1), FAR)
         ax.annotate(label, (at, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     ax.axvline(1, color=INK, lw=.8)
     low, high = min(r["low"] for r in results), max(r["high"] for r in results)
-    ax.set(xscale="log", ylim=(len(results) - .4, -.6), xlim=(min(.7, low/1.3), max(2, min(high, FAR))*1.9))
+    ax.set(xscale="log", ylim=(len(results) - .4, -.6), xlim=(min(.7, low / 1.3), max(2, min(high, FAR)) * 1.9))
     ax.set_xlabel("seconds of the peer / seconds of ours (thick mark: goal; thin line: smallest to largest pair)",
                   fontsize=8)
     ax.set_yticks(range(len(results)), [f"{r['name']}  |  {r['peer']}" for r in results], fontsize=8)
@@ -345,7 +345,7 @@ def _train(stage, cfg, device, n, epochs, threads, start=None):
             start.wait()
         log = run(epochs, 0)
     losses = [e["L_dis" if stage == "stage1" else "L_neg"] for e in log]
-    return n/statistics.median(e["seconds"] for e in log), losses
+    return n / statistics.median(e["seconds"] for e in log), losses
 
 
 def _join(barrier): globals()["_barrier"] = barrier
@@ -358,13 +358,13 @@ def training_rate(stage, cfg, device="cpu", copies=1, n=32, epochs=3, threads=No
     Each copy has a process of its own and, on a CPU, its share of the threads; all begin together, after a first
     epoch that is not counted. n: images; epochs: those that are measured.
     """
-    threads = threads or max(1, hardware()["cores"]//copies)
+    threads = threads or max(1, hardware()["cores"] // copies)
     if copies == 1 and device != "cpu": # a process of its own is for its threads, and takes its time to start
         rate, losses = _train(stage, cfg, device, n, epochs, threads)
         return rate, [losses]
     ctx = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(copies, ctx, _join, (ctx.Barrier(copies, timeout=900),)) as pool:
-        got = list(pool.map(_copy, [(stage, cfg, device, n, epochs, threads)]*copies))
+        got = list(pool.map(_copy, [(stage, cfg, device, n, epochs, threads)] * copies))
     return sum(r for r, _ in got), [losses for _, losses in got]
 
 
@@ -381,12 +381,12 @@ def busy(f, device="cpu"):
     if device == "cpu":
         cpu, wall = time.process_time(), time.perf_counter()
         f()
-        return (time.process_time() - cpu)/(time.perf_counter() - wall)/torch.get_num_threads()
+        return (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as p:
         wall = timed(f, 1, 0)[0]
     events = (e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return covered((e.time_range.start, e.time_range.end) for e in events)*1e-6/wall
+    return covered((e.time_range.start, e.time_range.end) for e in events) * 1e-6 / wall
 
 
 def exponent(sizes, seconds):
@@ -408,7 +408,7 @@ def growth(name, run, sizes, expected, memory=None, repeats=3):
             first = timed(f, 1, 0)
         seconds.append(min(timed(f, repeats, 0) or first))
         peaks.append(w.mb)
-    promised, a = seconds[0]*(sizes[-1]/sizes[0])**expected, exponent(sizes, seconds)
+    promised, a = seconds[0] * (sizes[-1] / sizes[0])**expected, exponent(sizes, seconds)
     m = exponent(sizes, peaks) if memory is not None and min(peaks) > 2 else None # less than 2 MB is not seen well
     return result(name, f"size ** {expected:g}", seconds[-1], promised, peak_mb=peaks[-1], sizes=list(sizes),
                   seconds=seconds, peaks=peaks, exponent=a, expected=expected, excess=a - expected, memory_exponent=m,

@@ -27,13 +27,13 @@ from ..files import whole
 
 # %% ../../nbs/data/4_archives.ipynb #1c2ef7d3
 class Known(NamedTuple):
-    "Where a data set comes from, what its archive hashes to, and what its owners allow."
+    "Where a data set comes from, what its archive hashes to, and what its owners allow"
     licence: str # "none named" if the owners name none
     note: str # our remark on it
     licence_url: str # "" if there is none
     file: str # the archive's name
     hash: str # "sha256:..." or "md5:..."
-    bytes: int|None # the archive's size; None if it is not known
+    bytes: int | None # the archive's size; None if it is not known
     url: str
     page: str = "" # of the authors, where a new address would be found
     cite: str = "" # the paper
@@ -51,19 +51,19 @@ KNOWN = _known()
 def parts(
     name: str, # a key of `KNOWN`, or any other
 ) -> tuple: # of folders, relative to the data set's own; none if nobody knows
-    "The folders that a complete data set has."
+    "The folders that a complete data set has"
     return (name in KNOWN and KNOWN[name].folders) or (name in DATASETS and DATASETS[name].categories) or ()
 
 # %% ../../nbs/data/4_archives.ipynb #f170feb8
 def data_dir() -> Path: # may not exist yet
-    "Where data sets lie: the folder named by `TOCOAD_DATA`, or `data` below the current one."
+    "Where data sets lie: the folder named by `TOCOAD_DATA`, or `data` below the current one"
     return Path(os.environ.get("TOCOAD_DATA") or "data").expanduser()
 
 def lies(
     name: str, # a key of `KNOWN`
-    to: Path|None = None, # folder of data sets; None: `data_dir()`
+    to: Path | None = None, # folder of data sets; None: `data_dir()`
 ) -> tuple: # "yes", "partly", "no" or "other"; the missing folders
-    "Whether a data set's folders are there, by their names alone."
+    "Whether a data set's folders are there, by their names alone"
     root, want = Path(to or data_dir()) / name, parts(name)
     if not root.is_dir() or not any(root.iterdir()):
         return "no", want
@@ -72,9 +72,9 @@ def lies(
 
 # %% ../../nbs/data/4_archives.ipynb #0cc431d1
 def list_sets(
-    to: Path|str|None = None, # folder of data sets; None: `data_dir()`
+    to: Path | str | None = None, # folder of data sets; None: `data_dir()`
 ) -> pd.DataFrame: # a row for each of `KNOWN`
-    "Every known data set: its licence, its size, and whether it is here."
+    "Every known data set: its licence, its size, and whether it is here"
     to = Path(to or data_dir()).expanduser()
     rows = []
     for name, k in KNOWN.items():
@@ -87,7 +87,7 @@ def list_sets(
 def sets_text(
     sets: pd.DataFrame, # from `list_sets`
 ) -> str: # lines of at most 100 characters
-    "The list of data sets for a terminal."
+    "The list of data sets for a terminal"
     lacks = sets.missing.str.join(", ").map(lambda text: text if len(text) < 20 else f"{text[:20]}...")
     there = sets.there.mask(sets.there == "partly", "partly: lacks " + lacks).replace("other", "other folders")
     size = ["?" if pd.isna(n) else tqdm.format_sizeof(n, "B") for n in sets.bytes]
@@ -98,10 +98,10 @@ def sets_text(
 
 # %% ../../nbs/data/4_archives.ipynb #99d1234e
 def check(
-    file: Path|str, # an archive
+    file: Path | str, # an archive
     k: Known, # what it should be
 ) -> None: # BadInput if it is another
-    "Whether an archive is the right one, by its hash."
+    "Whether an archive is the right one, by its hash"
     kind, _, want = k.hash.partition(":")
     if (found := pooch.file_hash(str(file), kind)) != want:
         raise BadInput(f"{file} is not the published {k.file} ({kind} {found} instead of {want}): "
@@ -117,7 +117,7 @@ def fetch(
     advice: str = "try again later", # what to do if it cannot be had
     progress: bool = True, # a bar, if there is a terminal
 ) -> Path: # file
-    "A file from the web."
+    "A file from the web"
     if not url.startswith(("http://", "https://")):
         raise BadInput(f"{url} is no http or https address: such a file is not fetched")
     get = pooch.HTTPDownloader(progress and sys.stderr.isatty(), chunk_size=1 << 20)
@@ -137,7 +137,7 @@ def write_sums(
     file: Path, # overwritten
     sums: dict, # path relative to the data set's folder -> SHA-256
 ) -> None: # written
-    "Hashes in the format of `sha256sum`."
+    "Hashes in the format of `sha256sum`"
     with whole(file) as aside:
         text = "".join(f"{h}  {p}\n" for p, h in sorted(sums.items()))
         aside.write_bytes(text.encode(errors="surrogateescape"))
@@ -147,7 +147,7 @@ def unpack(
     folder: Path, # a new or empty one
     want: tuple, # folders of which it has one
 ) -> Path: # folder
-    "An archive's files in a new folder with their hashes, all of them or none."
+    "An archive's files in a new folder with their hashes, all of them or none"
     unpacker = pooch.Unzip if zipfile.is_zipfile(archive) else pooch.Untar
     with whole(folder) as aside, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temp:
         top = Path(temp) / "all"
@@ -162,7 +162,7 @@ def unpack(
 def licence_text(
     name: str, # a key of `KNOWN`
 ) -> str: # a line
-    "What a user has to agree to."
+    "What a user has to agree to"
     k = KNOWN[name]
     said = [f"{title(name)}: licence {k.licence}.", k.note, k.licence_url, k.cite and f"Cite {k.cite}."]
     return " ".join(filter(None, said))
@@ -217,13 +217,13 @@ def _placed(name, k, file, url, to, progress):
 # %% ../../nbs/data/4_archives.ipynb #b037f456
 def get(
     name: str, # a key of `KNOWN`
-    archive: Path|str|None = None, # a file that you have
-    url: str|None = None, # another address
-    to: Path|str|None = None, # folder of data sets; None: `data_dir()`
+    archive: Path | str | None = None, # a file that you have
+    url: str | None = None, # another address
+    to: Path | str | None = None, # folder of data sets; None: `data_dir()`
     accept: bool = False, # the licence is accepted
     progress: bool = True, # says what it does
 ) -> Path: # the data set's folder, to/name
-    "A data set from an archive that is here or on the web: checked, unpacked, and whole or not there at all."
+    "A data set from an archive that is here or on the web: checked, unpacked, and whole or not there at all"
     k, to = KNOWN[one_of(name, KNOWN, "the data set")], Path(to or data_dir()).expanduser()
     say = print if progress else lambda text: None
     if _standing(name, to):

@@ -12,11 +12,11 @@ from difflib import SequenceMatcher
 def printable(
     text, # anything
 ) -> str: # on one line
-    "A text in which what cannot be printed is escaped."
+    "A text in which what cannot be printed is escaped"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 class BadInput(ValueError):
-    "An error a user can mend; its message is one sentence: what, where, what to do."
+    "An error a user can mend; its message is one sentence: what, where, what to do"
     def __init__(self, message):
         super().__init__(printable(message))
 
@@ -26,7 +26,7 @@ def one_of(
     options, # every value that would do
     what: str = "value", # the thing and its place, as the message should call it
 ): # the option that equals it
-    "The one of `options` that equals `value`; otherwise the error that names the nearest."
+    "The one of `options` that equals `value`; otherwise the error that names the nearest"
     options = list(options)
     if value in options:
         return options[options.index(value)]

@@ -32,14 +32,14 @@ from ..files import cache_dir, source_hash, state_of, whole
 
 # %% ../../nbs/data/1_images.ipynb #fc09e56e
 def upright(im: Image.Image) -> Image.Image: # as it is stored; as it was seen
-    "An image turned as its EXIF note says, if it has one that can be read."
+    "An image turned as its EXIF note says, if it has one that can be read"
     try:
         return im if im.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(im)
     except Exception:
         return im # the pixels are whole, the note is not
 
 def rgb(im: Image.Image) -> Image.Image: # any mode; 8 bits a channel, upright
-    "An image in any mode as RGB."
+    "An image in any mode as RGB"
     im = upright(im)
     if im.mode[0] == "I":
         im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -54,7 +54,7 @@ def square(
     size: int = 256, # side, pixels
     shorter: bool = False, # the shorter side becomes `size`, and the middle is kept
 ) -> Image.Image: # size x size
-    "Resized to size x size, bilinear, with antialiasing (gap 53)."
+    "Resized to size x size, bilinear, with antialiasing (gap 53)"
     if im.size == (size, size):
         return im
     left, top = ((n - min(im.size)) / 2 if shorter else 0 for n in im.size)
@@ -65,7 +65,7 @@ def crop(
     images: torch.Tensor, # (..., H, W): images, masks or maps
     size: int = 224, # side of the centre square, pixels
 ) -> torch.Tensor: # (..., size, size), a view
-    "The centre square of images, masks or maps."
+    "The centre square of images, masks or maps"
     h, w = images.shape[-2:]
     if min(h, w) < size:
         raise BadInput(f"cannot crop {size} x {size} from {h} x {w} pixels: take a smaller crop or larger images")
@@ -73,7 +73,7 @@ def crop(
     return images[..., y:y + size, x:x + size]
 
 def to_float(images: torch.Tensor) -> torch.Tensor: # uint8, any shape; float32
-    "Stored values as numbers in [0, 1]."
+    "Stored values as numbers in [0, 1]"
     return images.float() / 255
 
 # %% ../../nbs/data/1_images.ipynb #0995b03f
@@ -96,10 +96,10 @@ def _whole(im):
 
 # %% ../../nbs/data/1_images.ipynb #0995b040
 def open_image(
-    path: Path|str, # an image file
-    data: bytes|None = None, # its content, if it was read already
+    path: Path | str, # an image file
+    data: bytes | None = None, # its content, if it was read already
 ) -> Image.Image: # decoded, in its own mode
-    "One image file, decoded whole; BadInput says why not."
+    "One image file, decoded whole; BadInput says why not"
     try:
         if not (os.path.getsize(path) if data is None else len(data)):
             raise ValueError("it is empty")
@@ -115,11 +115,11 @@ def open_image(
 
 # %% ../../nbs/data/1_images.ipynb #6bc51bfc
 def read_image(
-    path: Path|str, # an image file
+    path: Path | str, # an image file
     size: int = 256, # side of the square, pixels
     shorter: bool = False, # see `square`
 ) -> tuple: # uint8 array (3, size, size); original (width, height); original mode
-    "One image file, decoded and squared."
+    "One image file, decoded and squared"
     im = open_image(path)
     full = rgb(im)
     return np.asarray(square(full, size, shorter)).transpose(2, 0, 1), full.size, im.mode
@@ -129,24 +129,24 @@ def binary(
     im: Image.Image, # a mask in any mode
     cut: int = 0, # values above this are anomalous
 ) -> np.ndarray: # bool (H, W)
-    "A mask's picture as true and false."
+    "A mask's picture as true and false"
     im = upright(im)
     a = np.asarray(im if im.mode in ("1", "L") or im.mode[0] == "I" else im.convert("RGB"))
     return (a > cut).any(-1) if a.ndim == 3 else a > cut
 
 def covered(mask: np.ndarray, size: int = 256, shorter: bool = False) -> np.ndarray: # bool (H, W); as in `square`
-    "How much of each pixel of the square a mask covers, float (size, size) in [0, 1]."
+    "How much of each pixel of the square a mask covers, float (size, size) in [0, 1]"
     return np.asarray(square(Image.fromarray(mask.astype(np.float32)), size, shorter))
 
 # %% ../../nbs/data/1_images.ipynb #9efb7c8c
 def read_mask(
-    path: Path|str, # a mask file
+    path: Path | str, # a mask file
     size: int = 256, # side of the square, pixels
     cut: int = 0, # values above this are anomalous
     shorter: bool = False, # see `square`
     cast: bool = False, # only pixels wholly inside count, as in PatchCore's code (gap 52)
 ) -> tuple: # bool array (size, size); original (width, height)
-    "One mask file, squared and cut at one half."
+    "One mask file, squared and cut at one half"
     m = binary(open_image(path), cut)
     c = covered(m, size, shorter)
     return c == 1 if cast else c > 0.5, m.shape[::-1]
@@ -178,7 +178,7 @@ def show(
     colour: str = "#ff2d6f", # of the contours
     **kw, # to `imshow`, as cmap, vmin, vmax
 ) -> None: # draws
-    "A grid of pictures, with the masks' contours."
+    "A grid of pictures, with the masks' contours"
     import matplotlib.pyplot as plt
     if not (pictures := [_pixels(im) for im in images]):
         return
@@ -198,10 +198,10 @@ def show(
 # %% ../../nbs/data/1_images.ipynb #e103973f
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
-    "Images of one split and what is known of each."
+    "Images of one split and what is known of each"
     images: torch.Tensor # uint8 (N, 3, S, S)
     labels: torch.Tensor # bool (N,), true = anomalous
-    masks: torch.Tensor|None # bool (N, S, S); None if any anomalous image lacks a mask
+    masks: torch.Tensor | None # bool (N, S, S); None if any anomalous image lacks a mask
     defects: tuple # "good" or the kind of defect
     paths: tuple # files, relative to the category's folder
 
@@ -223,7 +223,7 @@ class Split:
         return "\n".join(["| defect | images | defect's area, % |", "|---|---:|---:|", *_rows(self)])
 
     def show(self, n: int = 8, **kw) -> None: # n: pictures, evenly taken from all; kw: to `show`
-        "A row of the images with their defects' names and contours."
+        "A row of the images with their defects' names and contours"
         s = self[np.linspace(0, len(self) - 1, min(n, len(self))).round().astype(int)]
         show(s.images, s.masks, **{"titles": s.defects, **kw})
 
@@ -240,14 +240,14 @@ def _rows(s, head=""):
 # %% ../../nbs/data/1_images.ipynb #b45af9a4
 @dataclass(frozen=True, eq=False, repr=False)
 class Category:
-    "One category of a data set: what to learn from, and what to be judged on."
+    "One category of a data set: what to learn from, and what to be judged on"
     dataset: str
     name: str
     train: Split
     test: Split
     fingerprint: str # of the content: images, labels, masks
     notes: tuple # remarks, a line each
-    validation: Split|None = None # further good images, where the authors set some aside
+    validation: Split | None = None # further good images, where the authors set some aside
 
     def __repr__(self):
         sizes = f"train {len(self.train)}, test {len(self.test)}"
@@ -263,7 +263,7 @@ class Category:
 
 # %% ../../nbs/data/1_images.ipynb #a646273b
 def fingerprint(*tensors) -> str: # 32 hexadecimal digits
-    "A hash of the content of tensors or Nones (BLAKE2b), the same on every machine."
+    "A hash of the content of tensors or Nones (BLAKE2b), the same on every machine"
     h = hashlib.blake2b(digest_size=16)
     for t in tensors:
         h.update(repr(t if t is None else (str(t.dtype), tuple(t.shape))).encode())
@@ -277,7 +277,7 @@ def cached(
     what: list, # all that it depends on; its `repr` is hashed
     make: Callable, # () -> tensors by name, remarks that JSON can hold
 ) -> tuple: # tensors, remarks
-    "What `make` gives, kept in the cache as long as there is room."
+    "What `make` gives, kept in the cache as long as there is room"
     key = hashlib.blake2b(repr(what).encode(errors="surrogateescape"), digest_size=12).hexdigest()
     file = cache_dir() / f"{name}-{key}.safetensors"
     with suppress(OSError, SafetensorError, TypeError), safe_open(file, "pt") as f:
@@ -295,7 +295,7 @@ EMBEDDED = ("astronaut camera chelsea clock coffee coins colorwheel hubble_deep_
 
 @lru_cache
 def photo(name: str) -> Image.Image: # a function of `skimage.data`
-    "A picture that comes with scikit-image."
+    "A picture that comes with scikit-image"
     import skimage.data
     return Image.fromarray(getattr(skimage.data, name)())
 
@@ -325,9 +325,9 @@ def _decoded(files, states, size):
 def textures(
     folder="embedded", # searched with all its sub-folders; "embedded": crops of scikit-image's pictures
     size: int = 256, # side of the result, pixels
-    limit: int|None = None, # at most so many, evenly chosen
+    limit: int | None = None, # at most so many, evenly chosen
 ) -> torch.Tensor: # uint8 (T, 3, size, size)
-    "Texture images for the generator: a folder of pictures such as DTD's, decoded once."
+    "Texture images for the generator: a folder of pictures such as DTD's, decoded once"
     embedded = folder == "embedded"
     files = range(8 * len(EMBEDDED)) if embedded else sorted(
         p for p in Path(folder).expanduser().rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -24,11 +24,11 @@ from .sets import DATASETS, title
 
 # %% ../../nbs/data/2_layouts.ipynb #b3551b28
 class Item(NamedTuple):
-    "One image file, as a layout's reader finds it."
+    "One image file, as a layout's reader finds it"
     path: Path
     label: bool # true = anomalous
     defect: str # "good" or the kind
-    mask: Path|None # its mask's file
+    mask: Path | None # its mask's file
     split: str # "train", "validation" or "test"
     cut: int = 0 # mask values above this are anomalous
 
@@ -36,11 +36,11 @@ def _seen(folder):
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
 
 def image_files(folder: Path) -> list: # may be missing; paths, sorted by name
-    "The image files of one folder."
+    "The image files of one folder"
     return [p for p in _seen(folder) if p.suffix.lower() in SUFFIXES]
 
 def folders(folder: Path) -> list: # may be missing; paths, sorted by name
-    "The sub-folders of one folder, hidden ones left out."
+    "The sub-folders of one folder, hidden ones left out"
     return [p for p in _seen(folder) if p.is_dir()]
 
 # %% ../../nbs/data/2_layouts.ipynb #98957eba
@@ -48,7 +48,7 @@ def match(
     images: list, # of paths
     masks: list, # of paths, from the folder that belongs to the images' own
 ) -> list: # for each image its mask's path, or None
-    "Masks by the names of their images."
+    "Masks by the names of their images"
     have, stems = {}, Counter(p.stem for p in images)
     for m in masks:
         name = m.stem.removesuffix("_mask").removesuffix("_label")
@@ -77,7 +77,7 @@ def read_mvtec(
     root: Path, # holds the category's folder
     category: str, # its name
 ) -> list: # of `Item`
-    "MVTec AD's layout."
+    "MVTec AD's layout"
     f = Path(root) / category
     if odd := [d.name for d in folders(f / "train") if d.name != "good"]:
         raise BadInput(f"{f / 'train'} holds {', '.join(odd)} beside good, but training sees good images only: "
@@ -119,7 +119,7 @@ def read_visa(
     root: Path, # holds split_csv and the category's folder
     category: str, # its name
 ) -> list: # of `Item`
-    "VisA's layout."
+    "VisA's layout"
     root, file = Path(root), Path(root) / "split_csv/1cls.csv"
     if not file.is_file():
         raise BadInput(f"there is no {file}, which says what VisA trains on: "
@@ -136,7 +136,7 @@ def read_btad(
     root: Path, # holds the category's folder
     category: str, # "01", "02" or "03"
 ) -> list: # of `Item`
-    "BTAD's layout."
+    "BTAD's layout"
     f = Path(root) / category
     items = _part("train", "good", image_files(f / "train/ok")) + _part("test", "good", image_files(f / "test/ok"))
     items += _part("test", "ko", image_files(f / "test/ko"), image_files(f / "ground_truth/ko"), 127)
@@ -147,7 +147,7 @@ def read_mvtec_ad_2(
     root: Path, # holds the category's folder
     category: str, # its name
 ) -> list: # of `Item`
-    "MVTec AD 2's layout."
+    "MVTec AD 2's layout"
     f = Path(root) / category
     t = f / "test_public"
     items = [i for split in ("train", "validation") for i in _part(split, "good", image_files(f / split / "good"))]
@@ -166,7 +166,7 @@ def read_magnetic_tile(
     root: Path, # holds the MT_* folders
     category: str = "magnetic_tile",
 ) -> list: # of `Item`
-    "Magnetic tile as its authors lay it out."
+    "Magnetic tile as its authors lay it out"
     root, items = Path(root), []
     for d in sorted(root.glob("MT_*")):
         files, kind = image_files(d / "Imgs"), d.name.removeprefix("MT_").lower()
@@ -179,7 +179,7 @@ def read_kolektor_sdd(
     root: Path, # holds the kos* folders
     category: str = "kolektor_sdd",
 ) -> list: # of `Item`
-    "KolektorSDD as its authors lay it out."
+    "KolektorSDD as its authors lay it out"
     root, good, items = Path(root), [], []
     for d in sorted(root.glob("kos*")):
         labels = [p for p in image_files(d) if p.stem.endswith("_label")]
@@ -198,7 +198,7 @@ def read_folder(
     root: Path, # holds the category's folder
     category: str, # its name
 ) -> list: # of `Item`
-    "A folder of good images and one for each kind of defect."
+    "A folder of good images and one for each kind of defect"
     f = Path(root) / category
     items = _shared(image_files(f / "good"), f / "good")
     for d in folders(f):
@@ -208,7 +208,7 @@ def read_folder(
 
 # %% ../../nbs/data/2_layouts.ipynb #d572c22b
 class Layout(NamedTuple):
-    "How a data set lies on disk."
+    "How a data set lies on disk"
     find: Callable # folder -> names of the categories in it, none if it is laid out otherwise
     read: Callable # (folder, category) -> list of `Item`
     tree: str # its shape in a few words
@@ -217,7 +217,7 @@ def holding(
     *need: str, # sub-folders that a category has
     lack: tuple = (), # and those it does not have
 ) -> Callable: # folder -> names
-    "Finds the sub-folders that are categories of a layout."
+    "Finds the sub-folders that are categories of a layout"
     has = lambda d, names: [os.path.isdir(d / n) for n in names] # a folder that is shut has none: as lost+found
     return lambda root: [d.name for d in folders(root) if all(has(d, need)) and not any(has(d, lack))]
 
@@ -262,16 +262,16 @@ def _set_of(layout, names):
 
 # %% ../../nbs/data/2_layouts.ipynb #ca8f7a55
 class Found(NamedTuple):
-    "What a folder holds."
+    "What a folder holds"
     dataset: str # of `DATASETS`
     layout: str # of `LAYOUTS`
     categories: list # of names
 
 def recognise(
-    root: Path|str, # holds the categories' folders
-    dataset: str|None = None, # a key of `DATASETS`; None: any
+    root: Path | str, # holds the categories' folders
+    dataset: str | None = None, # a key of `DATASETS`; None: any
 ) -> Found: # BadInput if it is nothing that can be read
-    "The data set in a folder, by the shape of its tree."
+    "The data set in a folder, by the shape of its tree"
     known = {name: d.layouts for name, d in DATASETS.items() if d.layouts != ()}
     layouts = dataset is not None and known[one_of(dataset, known, "dataset")] or tuple(LAYOUTS)
     root = Path(root).expanduser()
@@ -289,8 +289,8 @@ def recognise(
 
 # %% ../../nbs/data/2_layouts.ipynb #da7f66d7
 def categories(
-    root: Path|str|None = None, # holds the categories' folders; None: the embedded mini data set
-    dataset: str|None = None, # a key of `DATASETS`; None: recognised
+    root: Path | str | None = None, # holds the categories' folders; None: the embedded mini data set
+    dataset: str | None = None, # a key of `DATASETS`; None: recognised
 ) -> list: # of names
-    "The categories found under a folder."
+    "The categories found under a folder"
     return list(MINI) if root is None else recognise(root, dataset).categories

@@ -126,15 +126,15 @@ def _pick(root, dataset, category):
 
 # %% ../../nbs/data/load.ipynb #5ee4af11
 def load(
-    root: Path|str|None = None, # holds the categories' folders; None: the embedded mini data set
-    dataset: str|None = None, # a key of `DATASETS`, without a root one of `SETS`; None: recognised
-    category: str|None = None, # one of `categories(root)`; None: the only one
+    root: Path | str | None = None, # holds the categories' folders; None: the embedded mini data set
+    dataset: str | None = None, # a key of `DATASETS`, without a root one of `SETS`; None: recognised
+    category: str | None = None, # one of `categories(root)`; None: the only one
     size: int = 256, # side of the square, pixels
     cache: bool = True, # keep the decoded images in `cache_dir()`
     shorter: bool = False, # the shorter side becomes `size` (gap 53)
     cast: bool = False, # only mask pixels wholly inside count (gap 52)
 ) -> Category: # train and test in memory
-    "One category, decoded, squared and fingerprinted."
+    "One category, decoded, squared and fingerprinted"
     name, layout, base, category = _pick(root, dataset, category)
     items, folder = layout.read(base, category), base / category if (base / category).is_dir() else base
     make = lambda: _assemble(name, category, items, size, shorter, cast)

@@ -195,7 +195,7 @@ BROKEN = {"bend": _bend, "missing_part": _missing} # what happens to an object's
 GAIN = {"brick": 1.5, "grass": 4.0, "gravel": 3.0, "washer": 1.2, "plug": 1.4} # strength of surface defects
 
 def mini_defects(category: str) -> list: # of `MINI`; names
-    "The kinds of defect a mini category has."
+    "The kinds of defect a mini category has"
     return [*SURFACE, *(BROKEN if category in OBJECTS else ())]
 
 # %% ../../nbs/data/3_mini.ipynb #09ee9d54
@@ -206,7 +206,7 @@ def draw(
     size: int = 256, # side, pixels
     seed: int = 0, # of the whole data set
 ) -> tuple: # uint8 array (size, size, 1 or 3); bool mask (size, size)
-    "One image of the mini data set and its mask."
+    "One image of the mini data set and its mask"
     one_of(category, MINI, "a mini category")
     one_of(defect, ["good", *mini_defects(category)], f"a defect of {category}")
     def _stream(i): return np.random.default_rng([seed, MINI.index(category), k, i])
@@ -226,13 +226,13 @@ def draw(
 
 # %% ../../nbs/data/3_mini.ipynb #ca505161
 def write_mini(
-    root: Path|str, # a new folder
+    root: Path | str, # a new folder
     size: int = 256, # side, pixels
     seed: int = 0, # another seed is another data set
     categories=MINI, # which
     n: tuple = (32, 8, 4), # images: train, good test, each defect
 ) -> Path: # root
-    "The mini data set as PNG files in MVTec AD's layout; written aside and renamed."
+    "The mini data set as PNG files in MVTec AD's layout; written aside and renamed"
     def _one(c, split, defect, i, k): # category, place, number in its folder, number of the image
         img, mask = draw(c, k, defect, size, seed)
         pictures = {f"{split}/{defect}/{i:03}.png": img.squeeze()}
@@ -257,7 +257,7 @@ def mini_root(
     kind: str = "mini", # of `SETS`
     categories=MINI, # those that are needed
 ) -> Path: # holds the folders of the categories
-    "A drawn set's folder, written if need be."
+    "A drawn set's folder, written if need be"
     few = () if tuple(categories) == MINI else categories
     name = "-".join([kind, *few, source_hash(*_PAINTERS, also=(MINI, sorted(GAIN.items())))])
     for base in (cache_dir(), Path(tempfile.gettempdir()) / "tocoad"):

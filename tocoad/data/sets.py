@@ -16,15 +16,15 @@ import pandas as pd
 # %% ../../nbs/data/sets.ipynb #22f61d24
 @cache
 def counts() -> pd.DataFrame: # dataset, category, split ("train"/"test"), label ("normal"/"anomalous"), count (images)
-    "Images in each category of the paper's three data sets."
+    "Images in each category of the paper's three data sets"
     with (files("tocoad") / "paper" / "dataset_counts.csv").open(encoding="utf-8") as f:
         return pd.read_csv(f, dtype=dict.fromkeys(("dataset", "category"), str))
 
 # %% ../../nbs/data/sets.ipynb #1479965a
 class DataSet(NamedTuple):
-    "What is known of a data set without looking at it."
+    "What is known of a data set without looking at it"
     title: str # in a sentence
-    layouts: tuple|None # ways it may lie on disk, keys of `data.layouts.LAYOUTS`; None: any
+    layouts: tuple | None # ways it may lie on disk, keys of `data.layouts.LAYOUTS`; None: any
     categories: tuple = () # (): nobody knows
     crop: bool = True # used with the centre crop
 
@@ -47,7 +47,7 @@ DATASETS = {
 def title(
     name: str, # of a data set
 ) -> str:
-    "A data set's name in a sentence."
+    "A data set's name in a sentence"
     return DATASETS[name].title if name in DATASETS else name.capitalize().replace("_", " ")
 
 # %% ../../nbs/data/sets.ipynb #55e38c82
@@ -59,7 +59,7 @@ def tally(
     category: str, # of it
     items: list, # of `data.layouts.Item`
 ) -> list: # of (split, label, images found, images published or None)
-    "The images of a category by split and label, beside the published counts."
+    "The images of a category by split and label, beside the published counts"
     c = counts().query("dataset == @dataset and category == @category")
     want = dict(zip(zip(c.split, c.label, strict=True), map(int, c["count"]), strict=True))
     have = Counter((i.split, "anomalous" if i.label else "normal") for i in items)

@@ -21,23 +21,23 @@ from ..files import whole
 
 # %% ../../nbs/data/6_trees.ipynb #cc07d1e7
 class File(NamedTuple):
-    "One image of a tree: where it lies, what is true of it, how it is stored."
+    "One image of a tree: where it lies, what is true of it, how it is stored"
     category: str
     path: str # relative to the root, with "/"
     split: str # "train", "validation" or "test"; "" = a reader must leave it out
     defect: str # "good", or the kind as the tree names it
-    mask: str|None # the mask's file, of an anomalous image
+    mask: str | None # the mask's file, of an anomalous image
     scene: tuple # what is drawn: a mini category, the image's number, a mini defect
     wh: tuple # width and height as it is seen, pixels
     how: str = "plain" # a key of `IMAGES`
     ink: str = "plain" # a key of `MASKS`
-    blank: str|None = None # an all-black mask's file beside a normal image
+    blank: str | None = None # an all-black mask's file beside a normal image
 
     @property
     def label(self): return self.defect != "good"
 
 def drawn(f: File, seed: int = 0) -> tuple: # seed: of the pictures; uint8 array (H, W, 3) or (H, W), bool mask (H, W)
-    "A file's picture and its mask; small or oblong ones are drawn square and larger, and no defect gets lost."
+    "A file's picture and its mask; small or oblong ones are drawn square and larger, and no defect gets lost"
     a, m = draw(*f.scene, max(64, *f.wh), seed)
     im = Image.fromarray(a.squeeze()).resize(f.wh, Image.Resampling.BILINEAR)
     share = Image.fromarray(m.astype(np.float32)).resize(f.wh, Image.Resampling.BOX)
@@ -192,7 +192,7 @@ def plan(
     n: tuple = (6, 3, 2), # images: train, good test, each kind of defect
     traps: bool = False, # as in the real sets, things that mislead
 ) -> list: # of `File`
-    "What a tree holds, and what a reader must find in it."
+    "What a tree holds, and what a reader must find in it"
     names = categories or NAMES[one_of(layout, PLANS, "layout")]
     if not isinstance(names, dict):
         names = {c: c if c in MINI else m for c, m in zip(names, cycle(MINI[3:] + MINI[:3]), strict=False)}
@@ -237,7 +237,7 @@ def _write(root, f, seed):
 
 # %% ../../nbs/data/6_trees.ipynb #ffadf188
 def write_layout(
-    root: Path|str, # a new or empty folder
+    root: Path | str, # a new or empty folder
     layout: str, # a key of `PLANS`
     categories=None, # as in `plan`
     size: int = 64, # as in `plan`
@@ -245,7 +245,7 @@ def write_layout(
     seed: int = 0, # of the pictures
     traps: bool = False, # as in `plan`
 ) -> Path: # root
-    "Mini data in a published layout, whole or not there."
+    "Mini data in a published layout, whole or not there"
     files, root = plan(layout, categories, size, n, traps), Path(root).expanduser().absolute()
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise BadInput(f"{root} is not an empty folder: give write_layout a new one")

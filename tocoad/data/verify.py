@@ -33,7 +33,7 @@ SIZES = ({("mvtec_ad", c): (_SIDE.get(c, 1024),) * 2 for c in DATASETS["mvtec_ad
 # %% ../../nbs/data/5_verify.ipynb #03a12059
 @dataclass
 class Report:
-    "What `verify` found."
+    "What `verify` found"
     folder: Path
     title: str # of the data set
     rows: list = field(default_factory=list) # (category, split, label, found, published or None)
@@ -48,7 +48,7 @@ class Report:
         return pd.DataFrame(self.rows, columns=["category", "split", "label", "found", "published"], dtype=object)
 
     def text(self, most: int = 20) -> str: # most: problems listed
-        "The report for a terminal."
+        "The report for a terminal"
         off, p = ["<" * (w not in (n, None)) for *_, n, w in self.rows], self.problems
         t = self.frame().assign(category=lambda t: t.category.map(printable), off=off)
         table = t.rename(columns=dict(off="")).to_markdown(index=False, tablefmt="plain", intfmt=",", missingval="-",
@@ -63,8 +63,8 @@ class Report:
 
 # %% ../../nbs/data/5_verify.ipynb #f8c63a2a
 class _Seen(NamedTuple):
-    size: tuple|None = None # (width, height), upright
-    hash: str|None = None
+    size: tuple | None = None # (width, height), upright
+    hash: str | None = None
     empty: bool = False # a mask without a marked pixel
     wrong: str = "" # why it cannot be read
 
@@ -217,12 +217,12 @@ def _look_all(tree, items, hashed, progress):
 
 # %% ../../nbs/data/5_verify.ipynb #c3139901
 def verify(
-    folder: Path|str, # holds the categories of one data set
-    dataset: str|None = None, # its name; None: recognised
-    manifest: Path|str|None = None, # compared if it is there, else written; None: SHA256SUMS in the folder, if any
+    folder: Path | str, # holds the categories of one data set
+    dataset: str | None = None, # its name; None: recognised
+    manifest: Path | str | None = None, # compared if it is there, else written; None: SHA256SUMS in the folder, if any
     progress: bool = True, # a bar, if there is a terminal
 ) -> Report: # what is there, what is wrong, what one should know
-    "Whether a data set on disk is complete and sound; nothing in its folder is changed."
+    "Whether a data set on disk is complete and sound; nothing in its folder is changed"
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise BadInput(f"there is no folder {root}: name the folder that holds the categories")

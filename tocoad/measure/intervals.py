@@ -20,18 +20,18 @@ def auroc_se(
     anomalous, # number of anomalous images
 ) -> np.ndarray: # standard error, in the unit of `a`
     "Standard error of an AUROC from the test counts alone (Hanley and McNeil)"
-    q1, q2 = a/(2 - a), 2*a**2/(1 + a)
-    return np.sqrt((a*(1 - a) + (anomalous - 1)*(q1 - a**2) + (normal - 1)*(q2 - a**2))/(anomalous*normal))
+    q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
+    return np.sqrt((a * (1 - a) + (anomalous - 1) * (q1 - a**2) + (normal - 1) * (q2 - a**2)) / (anomalous * normal))
 
 # %% ../../nbs/measure/2_intervals.ipynb #d74f60eb
 @dataclass(frozen=True, repr=False)
 class Interval:
     "A difference with its interval, in the metric's unit [-1, 1]"
-    mean:float # the difference on the test set as it is, mean over seeds
-    low:float # lower end
-    high:float # upper end
-    level:float # nominal coverage, such as 0.95
-    n:int # bootstrap draws
+    mean: float # the difference on the test set as it is, mean over seeds
+    low: float # lower end
+    high: float # upper end
+    level: float # nominal coverage, such as 0.95
+    n: int # bootstrap draws
 
     @property
     def excludes_zero(self) -> bool: # beyond float noise; False for NaN
@@ -42,8 +42,8 @@ class Interval:
         if np.isnan(self.mean):
             return "undefined (one class is missing)"
         tail = "excludes 0" if self.excludes_zero else "holds 0"
-        ends = f"[{100*self.low:+.2f}, {100*self.high:+.2f}]"
-        return f"{100*self.mean:+.2f} points {ends}, {100*self.level:g} % of {self.n:,} draws, {tail}"
+        ends = f"[{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+        return f"{100 * self.mean:+.2f} points {ends}, {100 * self.level:g} % of {self.n:,} draws, {tail}"
 
 # %% ../../nbs/measure/2_intervals.ipynb #c9d407e9
 def _draws(y, n, rng):
@@ -51,14 +51,14 @@ def _draws(y, n, rng):
     W = np.zeros((n, len(y)))
     for g in (y, ~y):
         if k := g.sum():
-            W[:, g] = rng.multinomial(k, np.full(k, 1/k), n)
+            W[:, g] = rng.multinomial(k, np.full(k, 1 / k), n)
     return W
 
 # %% ../../nbs/measure/2_intervals.ipynb #3a013652
 def _replicates(W, p, n, stat):
     "(R,) `stat` for each row of weights W (R, N), from counts over rising bins p, n (N, B)"
     out, h, B = [], np.concatenate([p, n], 1), p.shape[1]
-    for w in np.array_split(W, -(-W.shape[0]*B//1_000_000)): # about 8 MB a piece
+    for w in np.array_split(W, -(-W.shape[0] * B // 1_000_000)): # about 8 MB a piece
         a, b = np.split(w @ h, [B], 1)
         f1 = _tail(b)
         out.append(stat(a, f1 - b, f1, f1[:, :1]))
@@ -68,7 +68,7 @@ def _image_counts(y, s):
     "Anomalous and normal counts (N, B) of each image over the distinct scores"
     b = np.unique(s, return_inverse=True)[1]
     h = np.eye(b.max() + 1)[b]
-    return h*y[:, None], h*~y[:, None]
+    return h * y[:, None], h * ~y[:, None]
 
 # %% ../../nbs/measure/2_intervals.ipynb #e8f1df54
 def _bootstrap(y, a, b, count, exact, stat, n, level, seed):
@@ -83,9 +83,9 @@ def _bootstrap(y, a, b, count, exact, stat, n, level, seed):
     rng, S = np.random.default_rng(seed), len(a)
     W = np.r_[np.ones((1, len(y))), _draws(y, n, rng)] # first row: the test set as it is
     ra, rb = (np.stack([_replicates(W, *count(x), stat) for x in m], 1) for m in (a, b))
-    d, k = rb - ra, rng.multinomial(max(S - 1, 1), np.full(S, 1/S), n) # (n + 1, S), (n, S)
-    d = (d[1:]*k).sum(1)/k.sum(1) + mean - d[0].mean()
-    return Interval(mean, *map(float, np.quantile(d, [(1 - level)/2, (1 + level)/2])), level, n)
+    d, k = rb - ra, rng.multinomial(max(S - 1, 1), np.full(S, 1 / S), n) # (n + 1, S), (n, S)
+    d = (d[1:] * k).sum(1) / k.sum(1) + mean - d[0].mean()
+    return Interval(mean, *map(float, np.quantile(d, [(1 - level) / 2, (1 + level) / 2])), level, n)
 
 def _seeds(x, ndim):
     "A list over seeds of arrays with `ndim` axes"
@@ -100,10 +100,10 @@ def paired_bootstrap(
     labels, # (N,) 1 = anomalous image
     a, # (N,) or (S, N) image scores of one method, S seeds
     b, # the same for the other method: same images, same seeds
-    metric:str="image_auroc", # image_auroc, image_ap or image_f1
-    n:int=2000, # draws
-    level:float=.95, # nominal coverage of the interval
-    seed:int=0, # of the draws, so that an interval is reproducible
+    metric: str = "image_auroc", # image_auroc, image_ap or image_f1
+    n: int = 2000, # draws
+    level: float = .95, # nominal coverage of the interval
+    seed: int = 0, # of the draws, so that an interval is reproducible
 ) -> Interval: # of metric(b) - metric(a), mean over seeds
     "Difference of two methods' image metrics on the same test images, with its bootstrap interval"
     a, b, k = _seeds(a, 1), _seeds(b, 1), metric.removeprefix("image_")
@@ -120,23 +120,23 @@ def mean_interval(
     if len({i.level for i in intervals}) != 1:
         raise BadInput("the intervals have no common level: give at least one, all of the same level.")
     m, l, h = np.array([(i.mean, i.low, i.high) for i in intervals]).T
-    mean, below, above = float(m.mean()), *(float(((m - e)**2).sum()**.5/len(m)) for e in (l, h))
+    mean, below, above = float(m.mean()), *(float(((m - e)**2).sum()**.5 / len(m)) for e in (l, h))
     return Interval(mean, mean - below, mean + above, intervals[0].level, min(i.n for i in intervals))
 
 # %% ../../nbs/measure/2_intervals.ipynb #46756eb6
 def pixel_counts(
     masks, # (N, H, W) bool
     maps, # (N, H, W) anomaly maps of one method and seed
-    bins:int=2000, # about so many bins
+    bins: int = 2000, # about so many bins
 ) -> tuple: # three (N, B) arrays over rising bins: anomalous, normal, anomalous by 1/area of their region
     "Each image's pixels as counts, from which any weighted test set can be measured"
     m, x = _maps(masks, maps)
     pos, w, N = x[m], region_weights(m), len(m)
-    pick = lambda v: np.sort(v)[np.linspace(0, len(v) - 1, min(bins//2, len(v))).astype(int)]
-    edges = np.unique(np.r_[pick(pos), pick(x.ravel()[::x.size//500_000 | 1])])
+    pick = lambda v: np.sort(v)[np.linspace(0, len(v) - 1, min(bins // 2, len(v))).astype(int)]
+    edges = np.unique(np.r_[pick(pos), pick(x.ravel()[::x.size // 500_000 | 1])])
     below = np.stack([np.searchsorted(np.sort(v, None), edges) for v in x]) # (N, B - 1)
     both = np.diff(below, prepend=0, append=m[0].size)
-    at = np.repeat(np.arange(N), m.sum((1, 2)))*both.shape[1] + np.searchsorted(edges, pos, "right")
+    at = np.repeat(np.arange(N), m.sum((1, 2))) * both.shape[1] + np.searchsorted(edges, pos, "right")
     p, w = (np.bincount(at, v, both.size).reshape(both.shape) for v in (None, w))
     return p, both - p, w
 
@@ -145,12 +145,12 @@ def paired_bootstrap_pixels(
     masks, # (N, H, W) bool
     a, # (N, H, W) or (S, N, H, W) maps of one method, or a list over S seeds
     b, # the same for the other method: same images, same seeds
-    metric:str="pixel_auroc", # pixel_auroc, pixel_ap, pixel_f1 or aupro
-    limit:float=.3, # AUPRO's largest false positive rate
-    n:int=2000, # draws
-    level:float=.95, # nominal coverage of the interval
-    seed:int=0, # of the draws
-    bins:int=2000, # see `pixel_counts`
+    metric: str = "pixel_auroc", # pixel_auroc, pixel_ap, pixel_f1 or aupro
+    limit: float = .3, # AUPRO's largest false positive rate
+    n: int = 2000, # draws
+    level: float = .95, # nominal coverage of the interval
+    seed: int = 0, # of the draws
+    bins: int = 2000, # see `pixel_counts`
 ) -> Interval: # of metric(b) - metric(a), mean over seeds; the mean is exact, the spread comes from the bins
     "Difference of two methods' pixel metrics on the same test images, with its bootstrap interval"
     a, b, k = _seeds(a, 3), _seeds(b, 3), metric.removeprefix("pixel_")

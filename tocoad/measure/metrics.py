@@ -42,7 +42,7 @@ def _above(v, y, s, parts=5):
     "How many scores of normal items lie above each of the rising v, and how many at or above it (2, len(v))"
     f, y, s = np.zeros((2, len(v)), int), y.reshape(-1), s.reshape(-1)
     for k in range(parts):
-        part = slice(len(s)*k//parts, len(s)*(k + 1)//parts)
+        part = slice(len(s) * k // parts, len(s) * (k + 1) // parts)
         neg = s[part][~y[part]]
         if not len(neg):
             continue
@@ -67,11 +67,11 @@ def _table(y, s):
 # %% ../../nbs/measure/1_metrics.ipynb #02b75fd7
 def _area(p, f0, f1, N, limit=1.):
     "Area under the curve of p over f/N from 0 to `limit`, divided by `limit`; ties are straight slopes"
-    L = limit*N
-    h = 1 - (f0 + f1)/(2*L)
+    L = limit * N
+    h = 1 - (f0 + f1) / (2 * L)
     if limit < 1:
-        h = np.where(f1 <= L, h, np.maximum(L - f0, 0)**2/(2*L*np.maximum(f1 - f0, 1)))
-    return (p*h).sum(-1)/p.sum(-1)
+        h = np.where(f1 <= L, h, np.maximum(L - f0, 0)**2 / (2 * L * np.maximum(f1 - f0, 1)))
+    return (p * h).sum(-1) / p.sum(-1)
 
 # %% ../../nbs/measure/1_metrics.ipynb #8da83750
 STATS = dict(auroc=_area)
@@ -107,12 +107,12 @@ def _tail(p):
 def _ap(p, f0, f1, N):
     "Average precision"
     tp = _tail(p)
-    return (p*tp/np.maximum(tp + f1, 1)).sum(-1)/p.sum(-1)
+    return (p * tp / np.maximum(tp + f1, 1)).sum(-1) / p.sum(-1)
 
 def _f1(p, f0, f1, N):
     "The largest F1"
     tp = _tail(p)
-    return (2*tp/(tp[..., :1] + tp + f1)).max(-1)
+    return (2 * tp / (tp[..., :1] + tp + f1)).max(-1)
 
 STATS |= dict(ap=_ap, f1=_f1)
 
@@ -141,7 +141,7 @@ def region_weights(
         if m.any():
             r = ndimage.label(m, np.ones((3, 3)))[0]
             r = r[m]
-            w.append(1/np.bincount(r)[r])
+            w.append(1 / np.bincount(r)[r])
     return np.concatenate(w)
 
 # %% ../../nbs/measure/1_metrics.ipynb #873c6286
@@ -166,7 +166,7 @@ def _weighted(m, x):
 def aupro(
     masks, # (N, H, W) bool, True = anomalous
     maps, # (N, H, W) anomaly scores, any finite range, higher = more anomalous
-    limit:float=.3, # largest false positive rate of the integral, in (0, 1]
+    limit: float = .3, # largest false positive rate of the integral, in (0, 1]
 ) -> float: # in [0, 1]; NaN, with a warning, where anomalous or normal pixels are missing
     "Area under the per-region overlap curve up to `limit`, divided by `limit`"
     m, x = _maps(masks, maps, limit)
@@ -181,7 +181,7 @@ def evaluate(
     masks, # (N, H, W) bool, or None: image metrics only
     image_scores, # (N,) higher = more anomalous
     maps=None, # (N, H, W) anomaly maps at the masks' size
-    limit:float=.3, # AUPRO's largest false positive rate
+    limit: float = .3, # AUPRO's largest false positive rate
 ) -> dict: # name -> value in [0, 1]; NaN, with a warning, where undefined
     "Every metric of one category: image_auroc, image_ap, image_f1, pixel_auroc ... aupro"
     y, s = _pair(labels, image_scores, "image_scores")
@@ -206,7 +206,7 @@ def _pixels(y, m, x, limit):
     if _undefined("pixel metrics", m.any(), not m.all()):
         return _stats("pixel", None) | dict(pixel_auroc_anomalous=np.nan, aupro=np.nan)
     (v, p, w), y, bad = _weighted(m, x), y[:, None, None], np.count_nonzero(m)
-    f, N = _above(v, m | ~y, x), y.sum()*m[0].size - bad # over anomalous images
+    f, N = _above(v, m | ~y, x), y.sum() * m[0].size - bad # over anomalous images
     only = np.nan if _undefined("pixel_auroc_anomalous", True, N) else _area(p, *f, N)
     f += _above(v, m | y, x) # and over normal ones
     pro = _area(w, *f, m.size - bad, limit)

@@ -16,13 +16,13 @@ from ..data.images import BadInput
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 @contextmanager
-def arithmetic(precision:str="fp32", device="cpu"): # one of `PRECISIONS`; where the block computes
+def arithmetic(precision: str = "fp32", device="cpu"): # one of `PRECISIONS`; where the block computes
     "Set the arithmetic of products and convolutions for a block; what was set before comes back"
     if precision not in PRECISIONS:
         raise BadInput(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     b = torch.backends
     switches = b.cudnn.conv, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul # of a GPU, of a CPU
-    wanted = ("tf32" if precision == "tf32" else "ieee",)*2 + ("ieee",)*2
+    wanted = ("tf32" if precision == "tf32" else "ieee",) * 2 + ("ieee",) * 2
     before = [s.fp32_precision for s in switches]
     kind, half = torch.device(device).type, precision == "bf16"
     try:

@@ -9,13 +9,13 @@ __all__ = ['STILL', 'SLIGHT', 'TEXTURES', 'rotation_for', 'gradients_for']
 STILL = frozenset("capsule metal_nut pill toothbrush transistor".split())
 SLIGHT = frozenset("wood zipper cable".split())
 
-def rotation_for(category:str): # name of a category
+def rotation_for(category: str): # name of a category
     "DeSTSeg's choice for an MVTec AD category: none, slight or both; \"both\" for any other (gap 26)"
     return "none" if category in STILL else "slight" if category in SLIGHT else "both"
 
 # %% ../../nbs/method/appendix/categories.ipynb #c1944614
 TEXTURES = frozenset("carpet grid leather tile wood brick grass gravel".split())
 
-def gradients_for(category:str): # name of a category
+def gradients_for(category: str): # name of a category
     "NSA's gradients for a category: mixed for textures, source for objects (gap 36)"
     return "mixed" if category in TEXTURES else "source"

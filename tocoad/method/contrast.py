@@ -19,14 +19,14 @@ from .arithmetic import arithmetic
 class Views(nn.Module):
     "SimSiam's augmentation, in batch"
     def __init__(self,
-        size:int=224, scale:tuple=(.2, 1.), # side of a view, pixels; share of the area a crop keeps
-        colour:float=.4, hue:float=.1, # strength of brightness, contrast and saturation; of hue
-        gray:float=.2, blur:tuple=(.1, 2.), # probability of losing all colour; deviation of the Gaussian blur, pixels
-        flip:float=.5, # probability of a mirror image
+        size: int = 224, scale: tuple = (.2, 1.), # side of a view, pixels; share of the area a crop keeps
+        colour: float = .4, hue: float = .1, # strength of brightness, contrast and saturation; of hue
+        gray: float = .2, blur: tuple = (.1, 2.), # probability of losing all colour; deviation of the blur, pixels
+        flip: float = .5, # probability of a mirror image
     ):
         super().__init__()
         self.ops = [ # a plain list: random numbers stay on the CPU, and views do not depend on the device
-            K.RandomResizedCrop((size, size), scale=scale, ratio=(3/4, 4/3), cropping_mode="resample"),
+            K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
             K.RandomHorizontalFlip(p=flip),
             K.ColorJitter(colour, colour, colour, hue, p=.8),
             K.RandomGrayscale(p=gray),
@@ -46,23 +46,23 @@ def neg_cosine(p, z): # predictions and projections (B, d); no gradient flows in
     return -nn.functional.cosine_similarity(p, z.detach(), dim=1).mean()
 
 # %% ../../nbs/method/5_contrast.ipynb #c4aa6a74
-def sym_loss(ps, zs, printed:bool=False): # predictions and projections of M views, M x (B, d); Eq. 5 as printed
+def sym_loss(ps, zs, printed: bool = False): # predictions and projections of M views, M x (B, d); Eq. 5 as printed
     "Symmetric negative cosine over all pairs of views, Eq. 4 and 5: their mean in [-1, 1], or as printed twice that"
     pairs = [neg_cosine(p, z) for i, p in enumerate(ps) for j, z in enumerate(zs) if i != j]
-    return sum(pairs)/len(pairs)*(2 if printed else 1)
+    return sum(pairs) / len(pairs) * (2 if printed else 1)
 
 # %% ../../nbs/method/5_contrast.ipynb #304501ce
-def projector(c:int, d:int=2048): # width of the input and of the hidden layers; of the output
+def projector(c: int, d: int = 2048): # width of the input and of the hidden layers; of the output
     "Three linear layers with batch normalisation, (B, c) -> (B, d)"
     return nn.Sequential(
         nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.ReLU(inplace=True),
         nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.ReLU(inplace=True),
         nn.Linear(c, d, bias=False), nn.BatchNorm1d(d, affine=False))
 
-def bottleneck(d:int): # width of projections
+def bottleneck(d: int): # width of projections
     "SimSiam's predictor, (B, d) -> (B, d): one hidden layer of a quarter of the width"
-    hidden = nn.Linear(d, d//4, bias=False), nn.BatchNorm1d(d//4), nn.ReLU(inplace=True)
-    return nn.Sequential(*hidden, nn.Linear(d//4, d))
+    hidden = nn.Linear(d, d // 4, bias=False), nn.BatchNorm1d(d // 4), nn.ReLU(inplace=True)
+    return nn.Sequential(*hidden, nn.Linear(d // 4, d))
 
 PREDICTORS = {"linear": lambda d: nn.Linear(d, d), "mlp": bottleneck}
 
@@ -70,17 +70,17 @@ PREDICTORS = {"linear": lambda d: nn.Linear(d, d), "mlp": bottleneck}
 class Heads(nn.Module):
     "Pooling, projector and predictor for the chosen layers of F"
     def __init__(self,
-        channels:tuple, # channels of layers 1-4, `F.channels`
-        layers:tuple=(3, 4), concat:bool=False, # which layers; joined, with one pair of heads for all
-        d:int=2048, predictor="linear", # width of projections; a key of `PREDICTORS`, or a function of d
-        pool:int=1, # each map is averaged to pool x pool places
+        channels: tuple, # channels of layers 1-4, `F.channels`
+        layers: tuple = (3, 4), concat: bool = False, # which layers; joined, with one pair of heads for all
+        d: int = 2048, predictor="linear", # width of projections; a key of `PREDICTORS`, or a function of d
+        pool: int = 1, # each map is averaged to pool x pool places
     ):
         super().__init__()
         if not layers or set(layers) - {1, 2, 3, 4}:
             raise BadInput(f"Layers {layers} were asked for; choose some of 1, 2, 3, 4.")
         self.layers, self.concat, self.pool = tuple(layers), concat, pool
         self.names = ["+".join(map(str, layers))] if concat else [str(l) for l in layers]
-        widths = [channels[l - 1]*pool**2 for l in layers]
+        widths = [channels[l - 1] * pool**2 for l in layers]
         make = predictor if callable(predictor) else PREDICTORS[predictor]
         self.projectors = nn.ModuleList(projector(c, d) for c in ([sum(widths)] if concat else widths))
         self.predictors = nn.ModuleList(make(d) for _ in self.projectors)
@@ -97,13 +97,13 @@ class Heads(nn.Module):
 # %% ../../nbs/method/5_contrast.ipynb #09cec964
 def spread(z): # projections (B, d)
     "Deviation over the batch of the normalised projections, times the root of d: about 1 healthy, 0 collapsed"
-    return nn.functional.normalize(z, dim=1).std(0).mean()*z.shape[1]**.5
+    return nn.functional.normalize(z, dim=1).std(0).mean() * z.shape[1]**.5
 
 def mean_cosine(z): # projections (B, d)
     "Mean cosine over all pairs of different images: about 0 healthy, 1 collapsed"
     u = nn.functional.normalize(z, dim=1)
     cosines, B = u @ u.T, len(u)
-    return (cosines.sum() - cosines.trace())/(B*(B - 1))
+    return (cosines.sum() - cosines.trace()) / (B * (B - 1))
 
 # %% ../../nbs/method/5_contrast.ipynb #9c71e9bb
 @torch.no_grad()
@@ -123,9 +123,9 @@ def layer_spread(maps): # F's four maps of some images
 class SimSiam(nn.Module):
     "C: the symmetric loss of M views with a stop-gradient"
     def __init__(self,
-        F, layers:tuple=(3, 4), concat:bool=False, d:int=2048, predictor="linear", # extractor; see `Heads`
-        views=None, M:int=2, # how to augment (None: `Views`), how many views
-        printed:bool=False, pool:int=1, # Eq. 5 as printed; see `Heads`
+        F, layers: tuple = (3, 4), concat: bool = False, d: int = 2048, predictor="linear", # extractor; see `Heads`
+        views=None, M: int = 2, # how to augment (None: `Views`), how many views
+        printed: bool = False, pool: int = 1, # Eq. 5 as printed; see `Heads`
     ):
         super().__init__()
         self.heads = Heads(F.channels, layers, concat, d, predictor, pool)
@@ -141,14 +141,14 @@ class SimSiam(nn.Module):
         ps = [self.heads.predict(z) for z in zs]
         heads = range(len(self.heads.names))
         losses = [sym_loss([p[h] for p in ps], [t[h] for t in targets], self.printed) for h in heads]
-        return sum(losses)/len(losses), health(zs[0], self.heads.names)
+        return sum(losses) / len(losses), health(zs[0], self.heads.names)
 
     def update(self, F): "After each optimiser step: nothing to do"
 
 # %% ../../nbs/method/5_contrast.ipynb #6a4e8f24
 class BYOL(SimSiam):
     "C with a slowly moving target: the same modules with other weights"
-    def __init__(self, F, *args, ema:float=.996, **kwargs): # as `SimSiam`; `ema`: share of the target that stays
+    def __init__(self, F, *args, ema: float = .996, **kwargs): # as `SimSiam`; `ema`: share of the target that stays
         super().__init__(F, *args, **kwargs)
         self.ema, self.target = ema, None
 

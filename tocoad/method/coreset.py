@@ -41,8 +41,8 @@ class _Distances:
 
     def _each(self, f, rows, width):
         "A number for each row, in chunks that need `width` numbers a row"
-        out, fits = halving(f, rows, max(1, self.room//width), what="patch")
-        self.room = min(self.room, fits*width) if fits < len(rows) else self.room
+        out, fits = halving(f, rows, max(1, self.room // width), what="patch")
+        self.room = min(self.room, fits * width) if fits < len(rows) else self.room
         return out
 
 # %% ../../nbs/method/appendix/coreset.ipynb #eb9c9832
@@ -82,7 +82,7 @@ def _project(X, dims, generator):
     "A random linear map to `dims` numbers"
     if dims is None or dims == X.shape[1]:
         return X
-    R = torch.randn(X.shape[1], dims, generator=generator)/dims**.5
+    R = torch.randn(X.shape[1], dims, generator=generator) / dims**.5
     return torch.cat([x.float() @ R.to(X.device) for x in X.split(2**14)])
 
 # %% ../../nbs/method/appendix/coreset.ipynb #1a082ad2
@@ -91,7 +91,7 @@ def _size(N, ratio, n):
     if n is None:
         if not 0 < ratio <= 1:
             raise BadInput(f"ratio is {ratio}: give the share of the patches to keep, above 0 and at most 1")
-        n = max(1, int(N*ratio + 1e-6))
+        n = max(1, int(N * ratio + 1e-6))
     return min(n, N)
 
 def _start(N, start, starts, generator):
@@ -104,11 +104,11 @@ def _start(N, start, starts, generator):
 
 # %% ../../nbs/method/appendix/coreset.ipynb #e5afad8b
 def coreset(
-    X, ratio:float=.1, n:int=None, # features (N, D), on any device; share of the points to keep, in (0, 1]; or number
+    X, ratio: float = .1, n: int = None, # features (N, D), on any device; share of them to keep, in (0, 1]; or number
     start=None, generator=None, # index or indices of the first points, None: one at random; torch.Generator
-    block:int=None, log:list=None, # points that a pass looks at closely, None: 4 sqrt(N); receives a dict for each pass
-    project:int=None, # dimensions of a random projection to choose in; None: the features themselves
-    starts:int=1, # above 1: begin with the mean distance to so many random points, none stored by itself
+    block: int = None, log: list = None, # points that a pass looks at closely, None: 4 sqrt(N); receives a dict a pass
+    project: int = None, # dimensions of a random projection to choose in; None: the features themselves
+    starts: int = 1, # above 1: begin with the mean distance to so many random points, none stored by itself
 ) -> torch.Tensor: # indices (n,), distinct, in the order of picking
     "Greedy selection (Eq. 7), exact, with many picks for each pass over the data"
     n, N = _size(len(X), ratio, n), len(X)
@@ -120,11 +120,11 @@ def coreset(
         else:
             _add(D, picks)
         while len(picks) < n:
-            size = min(block or int(4*N**.5), N - len(picks))
+            size = min(block or int(4 * N**.5), N - len(picks))
             new, r2 = _pass(D, n - len(picks), size)
             picks = torch.cat([picks, new])
             if log is not None:
                 log.append(dict(picks=len(picks), radius=r2**.5, block=size))
             if len(picks) < n:
-                _add(D, new, beyond=r2/4)
+                _add(D, new, beyond=r2 / 4)
     return picks

@@ -17,7 +17,7 @@ from .perlin import Anomaly, integers, uniform
 
 # %% ../../nbs/method/8_cutpaste.ipynb #9c733af6
 def place(
-    h, w, size:tuple, generator=None, # heights and widths (B,); (H, W); torch.Generator
+    h, w, size: tuple, generator=None, # heights and widths (B,); (H, W); torch.Generator
     fg=None, # bool (B, H, W): centres lie on it; None: anywhere
 ) -> tuple: # top, left (B,), so that the rectangle lies inside the image
     "A random place for each rectangle"
@@ -26,8 +26,8 @@ def place(
         return integers(H - h + 1, n, generator), integers(W - w + 1, n, generator)
     on = [(m if m.any() else ~m).nonzero() for m in fg.cpu()] # (pixels, 2)
     u = torch.rand(n, generator=generator).tolist()
-    y, x = torch.stack([p[int(v*len(p))] for p, v in zip(on, u, strict=True)], 1)
-    return (y - h//2).clamp(min=0).minimum(H - h), (x - w//2).clamp(min=0).minimum(W - w)
+    y, x = torch.stack([p[int(v * len(p))] for p, v in zip(on, u, strict=True)], 1)
+    return (y - h // 2).clamp(min=0).minimum(H - h), (x - w // 2).clamp(min=0).minimum(W - w)
 
 # %% ../../nbs/method/8_cutpaste.ipynb #38fb2a7c
 def recolour(P, brightness, contrast, saturation, hue): # (3, h, w) in [0, 1]; factors; share of the colour circle
@@ -39,14 +39,14 @@ def recolour(P, brightness, contrast, saturation, hue): # (3, h, w) in [0, 1]; f
 def surround(h, w, degrees, size): # (B,) sides of rectangles, by how much they are turned; (H, W) of the image
     "Sides (B,) of the upright boxes around turned rectangles: whole pixels, at most the image's"
     c, s = degrees.deg2rad().cos().abs(), degrees.deg2rad().sin().abs()
-    return (h*c + w*s).ceil().long().clamp(max=size[0]), (w*c + h*s).ceil().long().clamp(max=size[1])
+    return (h * c + w * s).ceil().long().clamp(max=size[0]), (w * c + h * s).ceil().long().clamp(max=size[1])
 
 def lift(P, H, W, degrees): # (3, h, w); sides of the box around the turned piece; counter-clockwise
     "A piece turned about its centre (3, H, W), and where it is in the box, bool (H, W)"
     (h, w), a = P.shape[-2:], math.radians(degrees)
-    v, u = torch.arange(H)[:, None] - (H - 1)/2, torch.arange(W) - (W - 1)/2 # from the centre
-    row = (v*math.cos(a) + u*math.sin(a) + (h - 1)/2).round().long()
-    column = (u*math.cos(a) - v*math.sin(a) + (w - 1)/2).round().long()
+    v, u = torch.arange(H)[:, None] - (H - 1) / 2, torch.arange(W) - (W - 1) / 2 # from the centre
+    row = (v * math.cos(a) + u * math.sin(a) + (h - 1) / 2).round().long()
+    column = (u * math.cos(a) - v * math.sin(a) + (w - 1) / 2).round().long()
     inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
     to_P = lambda x: x.to(P.device, non_blocking=True)
     return P[:, to_P(row.clamp(0, h - 1)), to_P(column.clamp(0, w - 1))], to_P(inside)
@@ -55,21 +55,21 @@ def lift(P, H, W, degrees): # (3, h, w); sides of the box around the turned piec
 @dataclass
 class CutPaste(Anomaly):
     "A rectangle or a thin turned strip of the image, recoloured, pasted elsewhere (gap 34)"
-    variant:str="patch" # or "scar": strips; "union": either, at even odds
-    area:tuple=(.02, .15) # patch: share of the image
-    aspect:tuple=(.3, 3.3) # patch: height/width
-    length:tuple=(10, 25) # scar: pixels
-    width:tuple=(2, 16) # scar: pixels
-    degrees:tuple=(-45, 45) # scar: turn
-    jitter:float=.1 # largest change of brightness, contrast, saturation and hue
+    variant: str = "patch" # or "scar": strips; "union": either, at even odds
+    area: tuple = (.02, .15) # patch: share of the image
+    aspect: tuple = (.3, 3.3) # patch: height/width
+    length: tuple = (10, 25) # scar: pixels
+    width: tuple = (2, 16) # scar: pixels
+    degrees: tuple = (-45, 45) # scar: turn
+    jitter: float = .1 # largest change of brightness, contrast, saturation and hue
 
     def choices(self): return super().choices() | dict(variant=("patch", "scar", "union"))
 
     def patches(self, n, size, generator): # pieces; (H, W); torch.Generator
         "Heights, widths and angles (3, n) of rectangles"
-        area = uniform(*self.area, n, generator)*size[0]*size[1]
+        area = uniform(*self.area, n, generator) * size[0] * size[1]
         ratio = uniform(math.log(self.aspect[0]), math.log(self.aspect[1]), n, generator).exp()
-        return torch.stack([(area*ratio).sqrt(), (area/ratio).sqrt(), torch.zeros(n)])
+        return torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt(), torch.zeros(n)])
 
     def scars(self, n, size, generator): # pieces; (H, W); torch.Generator
         "Lengths, widths and angles (3, n) of strips"
@@ -77,7 +77,7 @@ class CutPaste(Anomaly):
 
 # %% ../../nbs/method/8_cutpaste.ipynb #9648ecff
 @patch
-def shapes(self:CutPaste, n, size, generator=None): # pieces; (H, W); torch.Generator
+def shapes(self: CutPaste, n, size, generator=None): # pieces; (H, W); torch.Generator
     "What is cut out: heights, widths (whole pixels), angles (degrees) (n,)"
     if self.variant == "union":
         scar = integers(2, n, generator) == 1
@@ -88,7 +88,7 @@ def shapes(self:CutPaste, n, size, generator=None): # pieces; (H, W); torch.Gene
 
 # %% ../../nbs/method/8_cutpaste.ipynb #a73aea70
 @patch
-def draw(self:CutPaste, I, generator=None, fg=None): # I_R (B, 3, H, W); bool (B, H, W): where centres may lie
+def draw(self: CutPaste, I, generator=None, fg=None): # I_R (B, 3, H, W); bool (B, H, W): where centres may lie
     "The images with pieces of themselves pasted in, and where: M, bool (B, H, W)"
     (n, _, *size), I_G, M = I.shape, I.clone(), torch.zeros_like(I[:, 0], dtype=torch.bool)
     for _ in range(self.count):

@@ -13,14 +13,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 # %% ../../nbs/method/3_discriminator.ipynb #63d277c3
 def focal_loss(
     logits, y, # (B, 2, H, W): normal, anomalous; masks (B, H, W), bool
-    gamma:float=2., # focusing exponent, 0 or more
-    alpha:float|None=None, # weight of the anomalous class in (0, 1), the normal one gets 1 - alpha; None: both 1
+    gamma: float = 2., # focusing exponent, 0 or more
+    alpha: float | None = None, # weight of the anomalous class in (0, 1), the normal one gets 1 - alpha; None: both 1
 ): # mean over batch and pixels, scalar
     "Focal loss of a two-class map, Eq. 2"
     log_p = logits.log_softmax(1).gather(1, y.long()[:, None])[:, 0] # log p_t (B, H, W)
-    loss = -(1 - log_p.exp())**gamma*log_p # Eq. 2
+    loss = -(1 - log_p.exp())**gamma * log_p # Eq. 2
     if alpha is not None:
-        loss = loss*torch.where(y, alpha, 1 - alpha)
+        loss = loss * torch.where(y, alpha, 1 - alpha)
     return loss.mean()
 
 # %% ../../nbs/method/3_discriminator.ipynb #e3515e1a
@@ -33,19 +33,19 @@ LOSSES = {"focal": focal_loss, "ce": ce_loss}
 # %% ../../nbs/method/3_discriminator.ipynb #4528fb34
 DEPTHS = {"resnet18": (2, 2, 2)} # residual blocks at layers 3, 2, 1; all other backbones: (3, 4, 6)
 
-def block(backbone:str, c:int): # the backbone that D inverts; channels in and out, divisible by 4
+def block(backbone: str, c: int): # the backbone that D inverts; channels in and out, divisible by 4
     "One residual block of the backbone's own kind"
     if backbone == "resnet18":
         return BasicBlock(c, c)
-    return Bottleneck(c, c//4, base_width=64 if backbone == "resnet50" else 128)
+    return Bottleneck(c, c // 4, base_width=64 if backbone == "resnet50" else 128)
 
 # %% ../../nbs/method/3_discriminator.ipynb #c704f1d8
 class Rise(nn.Module):
     "One step up: double the resolution, splice the skipped layer, compress, refine"
-    def __init__(self, c_in:int, c:int, blocks:list): # channels from below, of the skipped layer
+    def __init__(self, c_in: int, c: int, blocks: list): # channels from below, of the skipped layer
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c, 2, stride=2)
-        self.squeeze = nn.Sequential(nn.Conv2d(2*c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
+        self.squeeze = nn.Sequential(nn.Conv2d(2 * c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x, skip): # (B, c_in, h, w), (B, c, 2h, 2w) -> (B, c, 2h, 2w)
@@ -60,14 +60,14 @@ def _double(c_in, c):
 class Discriminator(nn.Module):
     "D: the inverse of a backbone, from the maps of layers 1-4 to two-class logits at image size"
     def __init__(self,
-        channels:tuple, # channels of layers 1-4, `F.channels`
-        backbone:str="tf_efficientnet_lite0", # which backbone's blocks and depths
+        channels: tuple, # channels of layers 1-4, `F.channels`
+        backbone: str = "tf_efficientnet_lite0", # which backbone's blocks and depths
     ):
         super().__init__()
         c1, c2, c3, c4 = channels
         widths = zip((c4, c3, c2), (c3, c2, c1), DEPTHS.get(backbone, (3, 4, 6)), strict=True)
         self.rises = nn.ModuleList(Rise(below, c, [block(backbone, c) for _ in range(n)]) for below, c, n in widths)
-        self.top = nn.Sequential(*_double(c1, c1//2), *_double(c1//2, c1//4), nn.Conv2d(c1//4, 2, 3, padding=1))
+        self.top = nn.Sequential(*_double(c1, c1 // 2), *_double(c1 // 2, c1 // 4), nn.Conv2d(c1 // 4, 2, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, maps): # F's four maps, strides 4, 8, 16, 32

@@ -18,9 +18,9 @@ from .weights import BACKBONES, IMAGENET, load_weights
 class Features(nn.Module):
     "F: feature maps of layers 1-4 of an ImageNet backbone"
     def __init__(self,
-        backbone:str="tf_efficientnet_lite0", # a key of `BACKBONES`
-        weights:str="imagenet", # "imagenet", "random", or the path of a state dict
-        norm:str="own", # input mean and deviation: "own", as the weights were trained, or "imagenet", the usual ones
+        backbone: str = "tf_efficientnet_lite0", # a key of `BACKBONES`
+        weights: str = "imagenet", # "imagenet", "random", or the path of a state dict
+        norm: str = "own", # input mean and deviation: "own", as the weights were trained, or "imagenet", the usual ones
     ):
         super().__init__()
         if backbone not in BACKBONES:
@@ -36,13 +36,13 @@ class Features(nn.Module):
 
     def forward(self, x): # images (B, 3, H, W) in [0, 1]
         "Maps of layers 1-4 (B, C_l, H/s, W/s), strides s = 4, 8, 16, 32, float32"
-        x = ((x - self.mean)/self.std).contiguous(memory_format=torch.channels_last)
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return [m.float() for m in self.net(x)]
 
 # %% ../../nbs/method/2_features.ipynb #22313c55
 BN_MODES = ("eval", "train", "batch")
 
-def set_bn(F, mode:str="eval"): # any module, which comes back; one of `BN_MODES`
+def set_bn(F, mode: str = "eval"): # any module, which comes back; one of `BN_MODES`
     "Normalise by stored statistics; by the batch's, which update the stored ones; or by the batch's, stored ones kept"
     if mode not in BN_MODES:
         raise BadInput(f"Unknown batch-norm mode {mode!r}; choose one of {', '.join(BN_MODES)}.")
@@ -54,7 +54,7 @@ def set_bn(F, mode:str="eval"): # any module, which comes back; one of `BN_MODES
 
 # %% ../../nbs/method/2_features.ipynb #1e28afcc
 @patch
-def below(self:Features, k:int): # number of layers, 0 to 4
+def below(self: Features, k: int): # number of layers, 0 to 4
     "Names of the parameters of the stem and of layers 1 to k, in the order of the network"
     if k == 0:
         return []

@@ -27,32 +27,32 @@ def gradients(params): # parameters, some with gradients
 # %% ../../nbs/method/6_finetune.ipynb #4c710a4f
 def ncl_step(
     F, C, I, D=None, G=None, # extractor, contrast, images (B, 3, S, S) in [0, 1]; discriminator and generator, or none
-    lam:float=.5, loss=focal_loss, # weight of L_sym in [0, 1]; L_neg, a function of logits and masks
-    bn:str="train", view_of:str="image", # "train", "views" or "eval"; "image" or "crop"
-    size:int=224, generator=None, # side of the crop, pixels; random numbers for G
+    lam: float = .5, loss=focal_loss, # weight of L_sym in [0, 1]; L_neg, a function of logits and masks
+    bn: str = "train", view_of: str = "image", # "train", "views" or "eval"; "image" or "crop"
+    size: int = 224, generator=None, # side of the crop, pixels; random numbers for G
 ) -> dict: # L_sym, L_neg, C's health, g_sym, g_neg, share; all without gradient
     "Gradients of Eq. 6 for one batch"
     set_bn(F, "train" if bn == "views" else bn)
     params, inside = [p for p in F.parameters() if p.requires_grad], crop(I, size)
     L_sym, health = C(F, inside if view_of == "crop" else I)
-    (lam*L_sym).backward() # first term of Eq. 6
+    (lam * L_sym).backward() # first term of Eq. 6
     of_C, L_neg = gradients(params), torch.zeros_like(L_sym)
     if D is not None:
         set_bn(F, "batch" if bn == "views" else bn)
         I_G, y_G = G(inside, generator) # Eq. 1
         L_neg = loss(D(F(I_G)), y_G) # Eq. 2, on F's current features
-        ((1 - lam)*L_neg).backward() # second term; gradients add up
+        ((1 - lam) * L_neg).backward() # second term; gradients add up
     of_D = [both - c for both, c in zip(gradients(params), of_C, strict=True)]
     g_sym, g_neg = get_total_norm(of_C), get_total_norm(of_D)
     health = health if isinstance(health, dict) else dict(spread=health)
-    pulls = dict(g_sym=g_sym, g_neg=g_neg, share=g_neg/(g_sym + g_neg))
+    pulls = dict(g_sym=g_sym, g_neg=g_neg, share=g_neg / (g_sym + g_neg))
     return dict(L_sym=L_sym.detach(), L_neg=L_neg.detach(), **health, **pulls)
 
 # %% ../../nbs/method/6_finetune.ipynb #47c19aa3
 def sgd(
-    F, C, D, lr:float, lr_head:float|None, # the parts, D or None; rate of F; of C's heads, None the same
-    freeze:int=0, # lowest layers of F that stay: 0 none, 1 stem and layer 1, ...
-    train_d:bool=False, # D learns on, with F's rate
+    F, C, D, lr: float, lr_head: float | None, # the parts, D or None; rate of F; of C's heads, None the same
+    freeze: int = 0, # lowest layers of F that stay: 0 none, 1 stem and layer 1, ...
+    train_d: bool = False, # D learns on, with F's rate
 ) -> torch.optim.Optimizer: # all that stage II trains; the rest is fixed
     "The optimiser of stage II"
     stay = set(F.below(freeze)) if freeze else set()
@@ -65,13 +65,13 @@ def sgd(
     groups = [dict(params=trained, lr=lr), dict(params=heads, lr=lr if lr_head is None else lr_head)]
     if D is not None:
         D.train(train_d).requires_grad_(train_d)
-        groups += [dict(params=list(D.parameters()), lr=lr)]*train_d
+        groups += [dict(params=list(D.parameters()), lr=lr)] * train_d
     return torch.optim.SGD(groups, momentum=.9, weight_decay=1e-4)
 
 # %% ../../nbs/method/6_finetune.ipynb #b92174ef
-def cosine(t:float): # share of the training done, 0 to 1
+def cosine(t: float): # share of the training done, 0 to 1
     "Stage II's factor on the rate: half a cosine from 1 to 0"
-    return (1 + math.cos(math.pi*t))/2
+    return (1 + math.cos(math.pi * t)) / 2
 
 # %% ../../nbs/method/6_finetune.ipynb #54114c8f
 def ncl_epoch(F, C, loader, optimiser, **settings): # batches (B, 3, S, S) in [0, 1]; from `sgd`; of `ncl_step`
@@ -89,15 +89,15 @@ def ncl_epoch(F, C, loader, optimiser, **settings): # batches (B, 3, S, S) in [0
 # %% ../../nbs/method/6_finetune.ipynb #0cf8d4f9
 def finetune(
     F, C, images, D=None, G=None, # extractor, contrast, normal images uint8 (N, 3, S, S); no D: contrastive only
-    epochs:int=100, batch:int=16, lr:float=3e-3, lr_head:float|None=None, # the rates: see `sgd`
-    freeze:int=0, train_d:bool=False, # see `sgd`
-    size:int=224, seed:int=0, progress:bool=True, # side of the crop, pixels; seed of the run; show a bar
+    epochs: int = 100, batch: int = 16, lr: float = 3e-3, lr_head: float | None = None, # the rates: see `sgd`
+    freeze: int = 0, train_d: bool = False, # see `sgd`
+    size: int = 224, seed: int = 0, progress: bool = True, # side of the crop, pixels; seed of the run; show a bar
     each=None, # called after each epoch with the number of epochs done, and F in eval mode
     **settings, # lam, loss, bn, view_of: see `ncl_step`
 ) -> list: # one dict an epoch: epoch, means of `ncl_step`'s values, seconds, lr
     "Stage II: tune F by contrast on normal views, guided by D through pseudo-anomalies"
     optimiser, guard, log = sgd(F, C, D, lr, lr_head, freeze, train_d), Guard(F, C, D), []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: cosine(epoch/epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: cosine(epoch / epochs))
     order, anomalies = stream(seed, "stage II order"), stream(seed, "stage II anomalies")
     settings |= dict(D=D, G=G, size=size, generator=anomalies)
     with seeded(seed, "stage II views"):

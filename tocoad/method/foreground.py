@@ -12,18 +12,18 @@ from torch.nn.functional import max_pool2d
 
 # %% ../../nbs/method/appendix/foreground.ipynb #e971fbbe
 def foreground(
-    images, corner:float=.1, # (B, 3, H, W) in [0, 1]; side of the corner squares, share
-    most:float=.02, close:float=.03, # so much of them beyond the cut: all is object; closing, share
+    images, corner: float = .1, # (B, 3, H, W) in [0, 1]; side of the corner squares, share
+    most: float = .02, close: float = .03, # so much of them beyond the cut: all is object; closing, share
 ) -> torch.Tensor: # bool (B, H, W)
     "Where the object is; everywhere for textures and full-frame images (gap 32)"
-    k, r = (max(1, round(share*images.shape[-1])) for share in (corner, close))
-    edge = [(torch.arange(n) - (n - 1)/2).abs() > n/2 - k for n in images.shape[-2:]]
+    k, r = (max(1, round(share * images.shape[-1])) for share in (corner, close))
+    edge = [(torch.arange(n) - (n - 1) / 2).abs() > n / 2 - k for n in images.shape[-2:]]
     corners = (edge[0][:, None] & edge[1]).to(images.device) # (H, W)
     ground = images[:, :, corners].median(-1).values
     distance = (images - ground[..., None, None]).norm(dim=1)
     cut = [threshold_otsu(d.numpy(), 4096) for d in distance[:, ::4, ::4].cpu()] # a sixteenth is enough
     far = distance > torch.tensor(cut).to(distance)[:, None, None]
-    grown = max_pool2d(far[:, None].float(), 2*r + 1, 1, r)
-    closed = max_pool2d(-grown, 2*r + 1, 1, r)[:, 0] < -.5
+    grown = max_pool2d(far[:, None].float(), 2 * r + 1, 1, r)
+    closed = max_pool2d(-grown, 2 * r + 1, 1, r)[:, 0] < -.5
     everywhere = (far[:, corners].float().mean(-1) > most) | ~far.flatten(1).any(1)
     return closed | everywhere[:, None, None]

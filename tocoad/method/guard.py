@@ -22,7 +22,7 @@ class Guard:
         self.trained = nn.ModuleList(m for m in modules if m is not None)
         self.good = deepcopy(self.trained.state_dict())
 
-    def check(self, losses, epoch:int): # (steps,) of one epoch; its number, from 0
+    def check(self, losses, epoch: int): # (steps,) of one epoch; its number, from 0
         "Keep the state if losses and weights are finite, else restore the last one and raise `Diverged`"
         if torch.stack([t.isfinite().all() for t in (losses, *self.trained.parameters())]).all():
             self.good = deepcopy(self.trained.state_dict())
@@ -30,5 +30,5 @@ class Guard:
         self.trained.load_state_dict(self.good)
         losses = [*losses.tolist(), math.nan] # if only the weights are spoilt, the next loss would be
         step = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-        raise Diverged(f"The loss became {losses[step]} at step {epoch*(len(losses) - 1) + step + 1} "
+        raise Diverged(f"The loss became {losses[step]} at step {epoch * (len(losses) - 1) + step + 1} "
                        f"(epoch {epoch + 1}); the weights from before that epoch are kept: try a smaller rate.")

@@ -22,7 +22,7 @@ def out_of_memory(e): # an exception
 
 # %% ../../nbs/method/appendix/halving.ipynb #436b2272
 def halving(
-    f, x, batch:int, what:str="image", # rows -> tensor, one row each; rows (N, ...); rows at once at first; a row
+    f, x, batch: int, what: str = "image", # rows -> tensor, one row each; rows (N, ...); rows at once at first; a row
 ) -> tuple: # f(x), and the batch that fitted
     "Apply a function in batches, in smaller ones if memory runs out"
     rows, at = [], 0
@@ -39,7 +39,7 @@ def halving(
                            "choose a smaller size or coreset for the model, or another device")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        batch = (left + 1)//2
+        batch = (left + 1) // 2
         several = f"{batch:,} {what}{'es' if what[-1] == 'h' else 's'}"
         logging.getLogger(__name__).warning(f"memory ran out: going on with {several} at a time")
     return torch.cat(rows), batch

@@ -21,7 +21,7 @@ from .halving import halving
 # %% ../../nbs/method/7_memory.ipynb #2feb2928
 def _to_grid(m, size): return nnf.interpolate(m, size=size, mode="bilinear", align_corners=False)
 
-def patches_mean(maps, dims:int=None): # (B, C_l, h_l, w_l), the finest first; numbers to keep of each patch, None: all
+def patches_mean(maps, dims: int = None): # (B, C_l, h_l, w_l), the finest first; numbers kept of a patch, None: all
     "3x3 averages (B, h*w, C or dims) of each layer, coarser layers brought to the finest grid, side by side"
     size = maps[0].shape[-2:]
     f = torch.cat([_to_grid(nnf.avg_pool2d(m, 3, stride=1, padding=1), size) for m in maps], 1)
@@ -29,7 +29,7 @@ def patches_mean(maps, dims:int=None): # (B, C_l, h_l, w_l), the finest first; n
     return f if dims is None else nnf.adaptive_avg_pool1d(f, dims)
 
 # %% ../../nbs/method/7_memory.ipynb #0ad3a889
-def patches_patchcore(maps, dims:int=1024): # (B, C_l, h_l, w_l), the finest first; numbers kept of layers and patches
+def patches_patchcore(maps, dims: int = 1024): # (B, C_l, h_l, w_l), the finest first; numbers kept of each
     "3x3 neighbourhoods (B, h*w, dims), each layer pooled to `dims` numbers, the layers together pooled to `dims`"
     size, dims, f = maps[0].shape[-2:], dims or 1024, []
     for m in maps:
@@ -41,14 +41,14 @@ def patches_patchcore(maps, dims:int=1024): # (B, C_l, h_l, w_l), the finest fir
 PATCHES = {"mean": patches_mean, "patchcore": patches_patchcore}
 
 def patch_features(
-    maps, dims:int=None, # as above; None: all for "mean", 1024 for "patchcore"
+    maps, dims: int = None, # as above; None: all for "mean", 1024 for "patchcore"
     kind="mean", # a key of `PATCHES`, or a function of (maps, dims)
 ) -> torch.Tensor: # (B, h*w, d)
     "Patch features: one vector for each place of the finest grid"
     return (kind if callable(kind) else PATCHES[kind])(maps, dims)
 
 # %% ../../nbs/method/7_memory.ipynb #bded7a2b
-def coreset_plain(X, n:int, start:int=0): # features (N, D); points to keep; the first one
+def coreset_plain(X, n: int, start: int = 0): # features (N, D); points to keep; the first one
     "Greedy selection (Eq. 7), one pass over the data for each pick: indices (n,) in the order of picking"
     picks, d = [start], X.new_full((len(X),), torch.inf)
     while len(picks) < n:
@@ -60,12 +60,12 @@ def coreset_plain(X, n:int, start:int=0): # features (N, D); points to keep; the
 # %% ../../nbs/method/7_memory.ipynb #68d864b6
 class Memory:
     "The memory bank: stored normal patches, and exact nearest neighbours among them"
-    def __init__(self, bank, idx=None, total:int=None): # patches (M, d); where they stood, among how many, if known
+    def __init__(self, bank, idx=None, total: int = None): # patches (M, d); where they stood, among how many, if known
         self.bank, self.idx, self.total, self._find, self._near = bank.float(), idx, total, None, {}
 
     @classmethod
     def fit(cls,
-        X, ratio:float=.1, n:int=None, # patches of normal images (N, d) or (B, h*w, d); share to keep, or number
+        X, ratio: float = .1, n: int = None, # patches of normal images (N, d) or (B, h*w, d); share to keep, or number
         generator=None, **kw, # torch.Generator; other arguments of `coreset`
     ): # a `Memory` of the chosen patches
         "Choose a coreset of the patches and store it"
@@ -81,7 +81,7 @@ class Memory:
 # %% ../../nbs/method/7_memory.ipynb #dc7526f4
 def _product(bank):
     "Exact neighbours by one matrix product: |c - q|^2/2 but for q's own length"
-    half = bank.square().sum(1)/2
+    half = bank.square().sum(1) / 2
     def find(q, k): # patches (P, d); neighbours
         "Their indices (P, k)"
         with torch.no_grad(), arithmetic("fp32", q.device):
@@ -100,13 +100,13 @@ def _faiss(bank):
 
 # %% ../../nbs/method/7_memory.ipynb #161e06cb
 @patch
-def distances(self:Memory, Q, idx): # patches (P, d); stored patches to compare each with (P, k)
+def distances(self: Memory, Q, idx): # patches (P, d); stored patches to compare each with (P, k)
     "Euclidean distances (P, k) of patches to given stored ones, from their differences"
-    pieces = (t.split(max(1, 2**20//(idx.shape[1]*Q.shape[1]))) for t in (Q, idx))
+    pieces = (t.split(max(1, 2**20 // (idx.shape[1] * Q.shape[1]))) for t in (Q, idx))
     return torch.cat([(q[:, None] - self.bank[i]).norm(dim=-1) for q, i in zip(*pieces, strict=True)])
 
 @patch
-def search(self:Memory, Q, k:int=1): # patches (..., d); neighbours, at most M
+def search(self: Memory, Q, k: int = 1): # patches (..., d); neighbours, at most M
     "The nearest stored patches, exact: distances (..., k), smallest first, and indices into the bank (..., k)"
     if Q.shape[-1] != self.bank.shape[1]:
         raise BadInput(f"the memory holds patches of {self.bank.shape[1]} numbers and was asked for {Q.shape[-1]}: "
@@ -119,13 +119,13 @@ def search(self:Memory, Q, k:int=1): # patches (..., d); neighbours, at most M
     return tuple(t.reshape(*Q.shape[:-1], idx.shape[1]).to(Q.device) for t in (d, idx.gather(-1, order)))
 
 # %% ../../nbs/method/7_memory.ipynb #80dcada1
-def score_plain(memory, Q, b:int=9): # a `Memory`; patches (..., d); not used, all scorers share one signature
+def score_plain(memory, Q, b: int = 9): # a `Memory`; patches (..., d); not used, all scorers share one signature
     "The distance to the nearest stored patch (Eq. 8), (...)"
     return memory.search(Q)[0][..., 0]
 
 # %% ../../nbs/method/7_memory.ipynb #e2f31d4b
 @patch
-def neighbours(self:Memory, b:int=9): # neighbours, the patch itself counted
+def neighbours(self: Memory, b: int = 9): # neighbours, the patch itself counted
     "N_b of each stored patch: indices (M, b), each row begins with the patch itself"
     if b not in self._near:
         idx, own = self.search(self.bank, b)[1], torch.arange(len(self), device=self.bank.device)[:, None]
@@ -134,14 +134,14 @@ def neighbours(self:Memory, b:int=9): # neighbours, the patch itself counted
     return self._near[b]
 
 # %% ../../nbs/method/7_memory.ipynb #703fc0a7
-def score_paper(memory, Q, b:int=9): # a `Memory`; patches (..., d); neighbourhood, the nearest patch counted
+def score_paper(memory, Q, b: int = 9): # a `Memory`; patches (..., d); neighbourhood, the nearest patch counted
     "The re-weighted distance (Eq. 9), (...): between (1 - 1/b) and 1 times the plain score"
     p = Q.to(memory.bank).reshape(-1, Q.shape[-1]) # (P, d)
     c_star = memory.search(p)[1][:, 0] # (P,)
     E = memory.distances(p, memory.neighbours(b)[c_star]) # (P, b), c* first
     s = E[:, 0] # s' of Eq. 8
     factor = -torch.expm1(s - E.logsumexp(1)) # 1 - exp(s')/sum exp(E)
-    return (factor*s).reshape(Q.shape[:-1]).to(Q.device)
+    return (factor * s).reshape(Q.shape[:-1]).to(Q.device)
 
 SCORERS = {"plain": score_plain, "paper": score_paper}
 
@@ -155,8 +155,8 @@ def _spread(n, size, sigma):
 
 # %% ../../nbs/method/7_memory.ipynb #24219e7c
 def anomaly_maps(
-    scores, grid:tuple, # patch scores (N, h*w); (h, w)
-    size=224, sigma:float=4., # side of a square map, or (H, W); deviation of the smoothing, pixels, 0: none
+    scores, grid: tuple, # patch scores (N, h*w); (h, w)
+    size=224, sigma: float = 4., # side of a square map, or (H, W); deviation of the smoothing, pixels, 0: none
 ) -> torch.Tensor: # (N, H, W)
     "Patch scores as smooth maps of the image's size"
     sides = (size, size) if isinstance(size, int) else size
@@ -165,6 +165,6 @@ def anomaly_maps(
         return A @ scores.float().unflatten(-1, grid) @ B.T
 
 # %% ../../nbs/method/7_memory.ipynb #1c863dbf
-def image_scores(scores, maps=None, kind:str="patches"): # patch scores (N, h*w); maps (N, H, W), for "map"
+def image_scores(scores, maps=None, kind: str = "patches"): # patch scores (N, h*w); maps (N, H, W), for "map"
     "One score (N,) for each image: the largest of its patches, or with kind \"map\" of its map"
     return maps.amax((-2, -1)) if kind == "map" else scores.amax(-1)

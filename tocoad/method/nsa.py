@@ -17,16 +17,16 @@ from .cutpaste import place
 from .perlin import Anomaly, integers
 
 # %% ../../nbs/method/9_nsa.ipynb #3a1e3a89
-def sines(n:int, device="cpu"): # unknowns; where the result lies
+def sines(n: int, device="cpu"): # unknowns; where the result lies
     "Eigenvectors S (n, n) and eigenvalues (n,) of the second difference that is zero beyond both ends"
     k = torch.arange(1, n + 1, device=device, dtype=torch.float64)
-    S = math.sqrt(2/(n + 1))*torch.sin(math.pi/(n + 1)*k[:, None]*k)
-    return S.float(), (2*torch.cos(math.pi/(n + 1)*k) - 2).float()
+    S = math.sqrt(2 / (n + 1)) * torch.sin(math.pi / (n + 1) * k[:, None] * k)
+    return S.float(), (2 * torch.cos(math.pi / (n + 1) * k) - 2).float()
 
 def solve_poisson(f): # (C, h, w)
     "The e (C, h, w) with Laplacian f that is zero around the rectangle"
     (S_h, lambda_h), (S_w, lambda_w) = (sines(n, f.device) for n in f.shape[-2:])
-    return S_h @ (S_h @ f @ S_w/(lambda_h[:, None] + lambda_w)) @ S_w
+    return S_h @ (S_h @ f @ S_w / (lambda_h[:, None] + lambda_w)) @ S_w
 
 # %% ../../nbs/method/9_nsa.ipynb #3828f3bc
 def gradient(z): # (C, h, w)
@@ -35,15 +35,15 @@ def gradient(z): # (C, h, w)
 
 def poisson_blend(
     I_R, A, # (C, h, w) boxes of the destination and of the source
-    gradients:str="source", # or "mixed": the stronger of both, pixel by pixel
-    margin:int=3, strength=torch.hypot, # outermost pixels that keep I_R's gradients; of (dy, dx)
+    gradients: str = "source", # or "mixed": the stronger of both, pixel by pixel
+    margin: int = 3, strength=torch.hypot, # outermost pixels that keep I_R's gradients; of (dy, dx)
 ) -> torch.Tensor: # (C, h, w), not clamped; the outermost ring stays
     "The source's gradients inside the destination's border"
     keep = torch.zeros_like(I_R)
     keep[:, margin:I_R.shape[1] - margin, margin:I_R.shape[2] - margin] = 1
     if gradients == "mixed":
-        keep = keep*(strength(*gradient(A)) > strength(*gradient(I_R)))
-    v_y, v_x = (keep*g for g in gradient(A - I_R)) # v - grad I_R
+        keep = keep * (strength(*gradient(A)) > strength(*gradient(I_R)))
+    v_y, v_x = (keep * g for g in gradient(A - I_R)) # v - grad I_R
     f = v_y.diff(dim=-2)[:, :-1, 1:-1] + v_x.diff(dim=-1)[:, 1:-1, :-1] # its divergence
     return I_R + pad(solve_poisson(f), (1, 1, 1, 1))
 
@@ -51,27 +51,27 @@ def poisson_blend(
 @dataclass
 class NSA(Anomaly):
     "Boxes of another image, Poisson-blended into this one (gap 36)"
-    gradients:str="source" # for objects; "mixed" for textures
-    patches:int=3 # on each image, times `count`
-    half:tuple=(.03, .4) # bounds of the half-width, share of the side
-    gamma:tuple=(.05, .03) # scale and offset of the gamma draw (its shape is 2)
-    margin:int=3 # outermost pixels of a box that keep the image's own gradients
+    gradients: str = "source" # for objects; "mixed" for textures
+    patches: int = 3 # on each image, times `count`
+    half: tuple = (.03, .4) # bounds of the half-width, share of the side
+    gamma: tuple = (.05, .03) # scale and offset of the gamma draw (its shape is 2)
+    margin: int = 3 # outermost pixels of a box that keep the image's own gradients
 
     def choices(self): return super().choices() | dict(gradients=("source", "mixed"))
 
     def sides(self, n, size, generator=None): # boxes; the image's side, pixels; torch.Generator
         "Random side lengths in pixels"
-        half = self.gamma[1] - self.gamma[0]*(1 - torch.rand(2, n, generator=generator)).log().sum(0)
-        return (2*size*half.clamp(*self.half)).round().long().clamp(min(size, 2*self.margin + 3), size)
+        half = self.gamma[1] - self.gamma[0] * (1 - torch.rand(2, n, generator=generator)).log().sum(0)
+        return (2 * size * half.clamp(*self.half)).round().long().clamp(min(size, 2 * self.margin + 3), size)
 
 # %% ../../nbs/method/9_nsa.ipynb #536dd2fc
 @patch
-def draw(self:NSA, I, generator=None, fg=None): # I_R (B, 3, H, W); bool (B, H, W): where centres may lie
+def draw(self: NSA, I, generator=None, fg=None): # I_R (B, 3, H, W); bool (B, H, W): where centres may lie
     "The images with boxes of another image blended in, and where: M, bool (B, H, W)"
     (n, _, *size), I_G, M = I.shape, I.clone(), torch.zeros_like(I[:, 0], dtype=torch.bool)
     k = 1 + integers(n - 1, (), generator).item() if n > 1 else 0 # which other image of the batch
     A, fg_A = I.roll(k, 0), None if fg is None else fg.roll(k, 0)
-    for _ in range(self.patches*self.count):
+    for _ in range(self.patches * self.count):
         h, w = (self.sides(n, side, generator) for side in size)
         to, cut = place(h, w, size, generator, fg), place(h, w, size, generator, fg_A)
         for i, (t, l, y, x) in enumerate(zip(*to, *cut, strict=True)):

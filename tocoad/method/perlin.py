@@ -22,32 +22,32 @@ from .foreground import foreground
 # %% ../../nbs/method/1_perlin.ipynb #37ab65d1
 def uniform(lo, hi, shape, generator): # torch.Generator on the CPU
     "Numbers between lo and hi"
-    return lo + (hi - lo)*torch.rand(shape, generator=generator)
+    return lo + (hi - lo) * torch.rand(shape, generator=generator)
 
 def integers(n, shape, generator): # torch.Generator on the CPU
     "Whole numbers from 0 to n - 1"
-    return (n*torch.rand(shape, generator=generator)).long()
+    return (n * torch.rand(shape, generator=generator)).long()
 
 # %% ../../nbs/method/1_perlin.ipynb #47881e35
 def turn(
     images, degrees, # (B, C, H, W); (B,), counter-clockwise
-    fill:float=0., mode:str="bilinear", # value where the turned image has nothing; or "nearest"
+    fill: float = 0., mode: str = "bilinear", # value where the turned image has nothing; or "nearest"
 ): # (B, C, H, W)
     "Each image turned about its centre by its own angle"
     h, w = images.shape[-2:]
     a = degrees.deg2rad()[:, None, None]
     cos, sin = (f(a).to(images.device, non_blocking=True) for f in (torch.cos, torch.sin))
-    y = torch.arange(h, device=images.device)[:, None] - (h - 1)/2 # from the centre, pixels
-    x = torch.arange(w, device=images.device) - (w - 1)/2
-    grid = torch.stack([(x*cos - y*sin)*2/w, (y*cos + x*sin)*2/h], -1) # (B, H, W, 2)
+    y = torch.arange(h, device=images.device)[:, None] - (h - 1) / 2 # from the centre, pixels
+    x = torch.arange(w, device=images.device) - (w - 1) / 2
+    grid = torch.stack([(x * cos - y * sin) * 2 / w, (y * cos + x * sin) * 2 / h], -1) # (B, H, W, 2)
     return grid_sample(images - fill, grid, mode, align_corners=False) + fill
 
 # %% ../../nbs/method/1_perlin.ipynb #f27eb824
 ROTATIONS = ("both", "slight", "right", "none")
 
 def rotate(
-    images, how:str="both", # (B, C, H, W), square for quarter turns; one of `ROTATIONS`
-    angle:float=5., fill:float=114/255, # largest slight turn, degrees; value of the corners
+    images, how: str = "both", # (B, C, H, W), square for quarter turns; one of `ROTATIONS`
+    angle: float = 5., fill: float = 114 / 255, # largest slight turn, degrees; value of the corners
     generator=None, # torch.Generator
 ) -> tuple: # I_R (B, C, H, W); degrees (B,)
     "The base images: random quarter turns and slight turns (gaps 26, 27)"
@@ -55,7 +55,7 @@ def rotate(
     if how in ("both", "right"):
         if images.shape[-1] != images.shape[-2]:
             raise BadInput("quarter turns need square images: use rotate='slight' or 'none'")
-        degrees = degrees + 90*integers(4, n, generator)
+        degrees = degrees + 90 * integers(4, n, generator)
     if how in ("both", "slight"):
         degrees = degrees + uniform(-angle, angle, n, generator)
     return (images if how == "none" else turn(images, degrees, fill).clamp(0, 1)), degrees
@@ -63,69 +63,69 @@ def rotate(
 # %% ../../nbs/method/1_perlin.ipynb #eeea5494
 def fade(t): # in [0, 1]
     "Perlin's fade curve: from 0 to 1 with no slope and no curvature at the ends"
-    return t*t*t*(t*(6*t - 15) + 10)
+    return t * t * t * (t * (6 * t - 15) + 10)
 
-def weights(cells, n:int, K:int): # (B,) cells along an axis; its pixels; its lattice points, at least cells + 1
+def weights(cells, n: int, K: int): # (B,) cells along an axis; its pixels; its lattice points, at least cells + 1
     "W and D (B, n, K): what each lattice point weighs for each pixel; the same times the way between them"
-    p = torch.arange(n, device=cells.device)/n*cells[:, None] # (B, n)
+    p = torch.arange(n, device=cells.device) / n * cells[:, None] # (B, n)
     d = p[..., None] - torch.arange(K, device=cells.device)
     W = fade((1 - d.abs()).clamp(min=0))
-    return W, W*d
+    return W, W * d
 
-def perlin(theta, cells, size:tuple): # angles of the gradients (B, K, K); cells along y and x (B, 2), < K; (H, W)
+def perlin(theta, cells, size: tuple): # angles of the gradients (B, K, K); cells along y and x (B, 2), < K; (H, W)
     "Perlin noise (B, H, W) in [-1, 1] from given lattice gradients"
     W_y, D_y = weights(cells[:, 0], size[0], theta.shape[-1])
     W_x, D_x = weights(cells[:, 1], size[1], theta.shape[-1])
-    return math.sqrt(2)*(W_y @ theta.cos() @ D_x.mT + D_y @ theta.sin() @ W_x.mT)
+    return math.sqrt(2) * (W_y @ theta.cos() @ D_x.mT + D_y @ theta.sin() @ W_x.mT)
 
 # %% ../../nbs/method/1_perlin.ipynb #c6df7be7
 def turned_noise(
-    n:int, size:tuple, generator=None, # images; (H, W); torch.Generator
-    scales:tuple=(0, 6), device="cpu", # cells are 2**k with k in range(*scales); where P lies
+    n: int, size: tuple, generator=None, # images; (H, W); torch.Generator
+    scales: tuple = (0, 6), device="cpu", # cells are 2**k with k in range(*scales); where P lies
 ): # P (n, H, W) in [-1, 1]
     "Perlin noise of random scales, turned by a random angle"
     cells = 2**(scales[0] + integers(scales[1] - scales[0], (n, 2), generator))
     K = int(cells.max()) + 1
-    theta = 2*math.pi*torch.rand(n, K, K, generator=generator)
+    theta = 2 * math.pi * torch.rand(n, K, K, generator=generator)
     P = perlin(*(x.to(device, non_blocking=True) for x in (theta, cells)), size)
     return turn(P[:, None], uniform(-90, 90, n, generator))[:, 0]
 
-def perlin_mask(n, size, generator=None, scales=(0, 6), threshold:float=.5, count:int=1, device="cpu"): # masks joined
+def perlin_mask(n, size, generator=None, scales=(0, 6), threshold: float = .5, count: int = 1, device="cpu"):
     "Perlin noise above a threshold: M, bool (n, H, W)"
     P = torch.stack([turned_noise(n, size, generator, scales, device) for _ in range(count)])
     return P.amax(0) > threshold
 
 # %% ../../nbs/method/1_perlin.ipynb #2dfe1348
-def pick_textures(T, n:int, size:tuple, generator=None): # uint8 (T, 3, S, S); images; (H, W); torch.Generator
+def pick_textures(T, n: int, size: tuple, generator=None): # uint8 (T, 3, S, S); images; (H, W); torch.Generator
     "A (n, 3, H, W) in [0, 1]: random crops of random textures, mirrored at random; too small ones are enlarged"
     (H, W), S = size, max(*size, T.shape[-1])
     which, top, left = (integers(k, n, generator) for k in (len(T), S - H + 1, S - W + 1))
     A = []
     for j, y, x, m in zip(which, top, left, integers(2, (n, 2), generator), strict=True):
         A.append(resize(T[j], [S, S])[:, y:y + H, x:x + W].flip([axis for axis in (1, 2) if m[axis - 1]]))
-    return torch.stack(A).float()/255
+    return torch.stack(A).float() / 255
 
 # %% ../../nbs/method/1_perlin.ipynb #717cdbe9
 def blend(I_R, A, M, beta): # (B, 3, H, W) base image, texture; bool (B, H, W); (B,) share of I_R that shines through
     "I_G: the texture, part transparent, laid over the base image inside the mask"
     beta = beta[:, None, None, None]
-    return torch.where(M[:, None], (1 - beta)*A + beta*I_R, I_R)
+    return torch.where(M[:, None], (1 - beta) * A + beta * I_R, I_R)
 
 def changed(after, before): # (B, 3, H, W) in [0, 1]
     "Pixels (B, H, W) that differ by more than one grey level in some channel"
-    return (after - before).abs().amax(1) > 1.001/255
+    return (after - before).abs().amax(1) > 1.001 / 255
 
 # %% ../../nbs/method/1_perlin.ipynb #96e85b79
 @dataclass(kw_only=True)
 class Anomaly:
     "What all generators share: turn the base image, draw, label"
-    rotate:str="none" # how the base image is turned, one of `ROTATIONS` (gap 26)
-    angle:float=5. # largest slight turn, degrees (gap 27)
-    fill:float=114/255 # value of turned corners (gap 27)
-    foreground:bool=False # only on the object (gap 32)
-    count:int=1 # anomalies drawn on each image
-    label:str="changed" # or "full": the whole touched region (gap 35)
-    clean:float=0. # share of images that stay without anomaly (gap 25)
+    rotate: str = "none" # how the base image is turned, one of `ROTATIONS` (gap 26)
+    angle: float = 5. # largest slight turn, degrees (gap 27)
+    fill: float = 114 / 255 # value of turned corners (gap 27)
+    foreground: bool = False # only on the object (gap 32)
+    count: int = 1 # anomalies drawn on each image
+    label: str = "changed" # or "full": the whole touched region (gap 35)
+    clean: float = 0. # share of images that stay without anomaly (gap 25)
 
     def __post_init__(self):
         for name, have in self.choices().items():
@@ -140,7 +140,7 @@ class Anomaly:
 
 # %% ../../nbs/method/1_perlin.ipynb #ef2c40fb
 @patch
-def base(self:Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; torch.Generator
+def base(self: Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; torch.Generator
     "The base image I_R of Figure 3, and where the object is on it, bool (B, H, W); None: everywhere"
     I_R, degrees = rotate(images, self.rotate, self.angle, self.fill, generator)
     if not self.foreground:
@@ -148,7 +148,7 @@ def base(self:Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; torc
     return I_R, turn(foreground(images)[:, None].float(), degrees, mode="nearest")[:, 0] > .5
 
 @patch
-def __call__(self:Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; torch.Generator
+def __call__(self: Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; torch.Generator
     "Eq. 1: pseudo-anomalies I_G (B, 3, H, W) in [0, 1] of normal images, and their masks y_G, bool (B, H, W)"
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise BadInput(f"a generator needs float images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -164,11 +164,11 @@ def __call__(self:Anomaly, images, generator=None): # I (B, 3, H, W) in [0, 1]; 
 @dataclass
 class Perlin(Anomaly):
     "Perlin-shaped pieces of texture, the paper's G"
-    textures:torch.Tensor=field(default=None, repr=False, compare=False) # uint8 (T, 3, S, S)
-    beta:tuple=(0, .8) # range of the transparency (gap 30)
-    threshold:float=.5 # of the noise (gap 29)
-    scales:tuple=(0, 6) # cells along an axis are 2**k with k in range(*scales) (gap 28)
-    rotate:str=field(default="both", kw_only=True)
+    textures: torch.Tensor = field(default=None, repr=False, compare=False) # uint8 (T, 3, S, S)
+    beta: tuple = (0, .8) # range of the transparency (gap 30)
+    threshold: float = .5 # of the noise (gap 29)
+    scales: tuple = (0, 6) # cells along an axis are 2**k with k in range(*scales) (gap 28)
+    rotate: str = field(default="both", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -183,7 +183,7 @@ class Perlin(Anomaly):
         return blend(I, *(x.to(I.device, non_blocking=True) for x in (A, M, beta))), M
 
 # %% ../../nbs/method/1_perlin.ipynb #4af7550c
-def check_generator(G, images, seed:int=0): # (images, generator) -> I_G, y_G; (B, 3, H, W) in [0, 1]; first seed
+def check_generator(G, images, seed: int = 0): # (images, generator) -> I_G, y_G; (B, 3, H, W) in [0, 1]; first seed
     "Assert what the method expects of a generator; the share of the pixels that its masks call anomalous"
     new = lambda s: torch.Generator().manual_seed(s)
     before, state = images.clone(), torch.get_rng_state()

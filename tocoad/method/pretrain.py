@@ -21,10 +21,10 @@ from .guard import Guard
 
 # %% ../../nbs/method/4_pretrain.ipynb #d7d6b6c8
 def batches(
-    images, batch:int=16, # uint8 (N, 3, S, S); images per step
+    images, batch: int = 16, # uint8 (N, 3, S, S); images per step
     generator=None, # torch.Generator that shuffles
-    size:int|None=224, # side of the centre crop, pixels; None keeps S
-    drop_last:bool=False, # leave out an incomplete last batch
+    size: int | None = 224, # side of the centre crop, pixels; None keeps S
+    drop_last: bool = False, # leave out an incomplete last batch
 ): # float (B, 3, size, size) in [0, 1], on the device of `images`
     "One epoch of shuffled float batches"
     order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -34,18 +34,18 @@ def batches(
         yield to_float(crop(images[idx], size) if size else images[idx])
 
 # %% ../../nbs/method/4_pretrain.ipynb #a927f13a
-def decay(t:float): # share of the training done, 0 to 1
+def decay(t: float): # share of the training done, 0 to 1
     "Stage I's factor on the rate: x 0.2 after 80 %, x 0.2 again after 90 %"
     return .2**((t >= .8) + (t >= .9))
 
 # %% ../../nbs/method/4_pretrain.ipynb #13c94bf6
-def stream(seed:int, name:str): # of the run, any integer; what is drawn, such as "stage I order"
+def stream(seed: int, name: str): # of the run, any integer; what is drawn, such as "stage I order"
     "The random numbers of one use in one run, a torch.Generator on the CPU"
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]))
 
 @contextmanager
-def seeded(seed:int, name:str): # as `stream`; such as "F"
+def seeded(seed: int, name: str): # as `stream`; such as "F"
     "Run a block with PyTorch's global random state set to a stream; the old state comes back"
     with torch.random.fork_rng():
         torch.manual_seed(stream(seed, name).initial_seed())
@@ -70,16 +70,16 @@ def train_step(
 def pretrain(
     F, D, G, # extractor (stays as it is), discriminator (trained in place), generator (I, stream -> I_G, y_G)
     images, # normal images, uint8 (N, 3, S, S)
-    epochs:int=100, batch:int=16, lr:float=1e-4, loss=focal_loss, # section 4.1.3; of logits and masks, Eq. 2
-    bn:str="eval", # batch norm of F: "eval", stored statistics, or "train", those of each batch
-    size:int=224, seed:int=0, progress:bool=True, # side of the centre crop, pixels; seed of the run; show a bar
+    epochs: int = 100, batch: int = 16, lr: float = 1e-4, loss=focal_loss, # section 4.1.3; of logits and masks, Eq. 2
+    bn: str = "eval", # batch norm of F: "eval", stored statistics, or "train", those of each batch
+    size: int = 224, seed: int = 0, progress: bool = True, # side of the centre crop, pixels; of the run; show a bar
 ) -> list: # one dict an epoch: epoch, L_dis, lr, seconds
     "Stage I: train D to segment G's pseudo-anomalies on a fixed F"
     set_bn(F.requires_grad_(False), "batch" if bn == "train" else bn)
     optimiser, guard, log = torch.optim.Adam(D.train().parameters(), lr=lr), Guard(D), []
     order, anomalies = stream(seed, "stage I order"), stream(seed, "stage I anomalies")
     for epoch in tqdm(range(epochs), "stage I", disable=not progress, leave=False):
-        start, rate = time.perf_counter(), lr*decay(epoch/epochs)
+        start, rate = time.perf_counter(), lr * decay(epoch / epochs)
         optimiser.param_groups[0]["lr"] = rate
         losses = torch.stack([train_step(F, D, G, I, anomalies, loss, optimiser)
                               for I in batches(images, batch, order, size)])
@@ -93,7 +93,7 @@ def pretrain(
 @torch.no_grad()
 def check_discriminator(
     F, D, G, images, # the three parts of stage I, D trained; normal images, uint8 (N, 3, S, S)
-    n:int=32, size:int=224, seed:int=0, # pseudo-anomalies to draw; side of the centre crop, pixels; seed of the run
+    n: int = 32, size: int = 224, seed: int = 0, # pseudo-anomalies to draw; side of the centre crop, pixels; of the run
 ) -> float: # pixel AUROC in [0, 1]
     "Pixel AUROC of D on pseudo-anomalies that it was not trained on"
     generator = stream(seed, "check of D")

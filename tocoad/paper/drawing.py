@@ -27,21 +27,21 @@ def _intervals(ax, series, labels):
     for k, (what, points) in enumerate(series.items()):
         d = np.array([(labels.index(l), d.mean, d.low, d.high) for l, d in points.items() if d is not None])
         y, mean, low, high = d.reshape(-1, 4).T
-        ax.errorbar(mean, y + .7*((k + .5)/len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
+        ax.errorbar(mean, y + .7 * ((k + .5) / len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
                     fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
     ax.grid(axis="x", alpha=.25)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 # %% ../../nbs/paper/drawing.ipynb #e30d17fe
 def forest(
-    panels:dict, # heading -> series -> label -> `Interval` or None, per cent
-    heading:str="",
+    panels: dict, # heading -> series -> label -> `Interval` or None, per cent
+    heading: str = "",
 ): # matplotlib figure
     "Differences and their intervals around 0"
     from matplotlib.figure import Figure
     labels = list(dict.fromkeys(k for p in panels.values() for s in p.values() for k, d in s.items() if d is not None))
     many = max(map(len, panels.values()))
-    fig = Figure(figsize=(9.5, 1.1 + .2*len(labels)*max(1, .55*many)), layout="constrained", dpi=80)
+    fig = Figure(figsize=(9.5, 1.1 + .2 * len(labels) * max(1, .55 * many)), layout="constrained", dpi=80)
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (name, series) in zip(axes, panels.items(), strict=True):
         _intervals(ax, series, labels)
@@ -58,13 +58,13 @@ def _over(r, make, metrics): # make: function of `Results` and a metric -> serie
     every = lambda m: {k: v for x in (r, *r.beside) for k, v in make(x, m).items()}
     return forest({label(m): every(m) for m in metrics}, r.heading())
 
-def ablation_forest(r:Results, base:str="frozen F"): # r: of table4 to table9; matplotlib figure
+def ablation_forest(r: Results, base: str = "frozen F"): # r: of table4 to table9; matplotlib figure
     "Each setting's gain over the frozen F, averaged over the categories that are there"
     every = groups_of(r.dataset)["total_avg"]
     points = lambda x, m: {y.name: gain(x, y.name, base, m, r.dataset, every) for y in shown(x) if y.name != base}
     return _over(r, lambda x, m: {x.sheet["profile"] if r.beside else "": points(x, m)}, ("image_auroc", "pixel_auroc"))
 
-def comparison_forest(r:Results, base:str="frozen F"): # r: of table1, table2 or table3; matplotlib figure
+def comparison_forest(r: Results, base: str = "frozen F"): # r: of table1, table2 or table3; matplotlib figure
     "Each method's gain over the frozen F, by category and on average"
     named = lambda x, row: f"{row}, {x.sheet['profile']}" if r.beside else row
     points = lambda x, row, m: {label(k): gain(x, row, base, m, *at) for k, *at in lines(x)}
@@ -75,15 +75,15 @@ def comparison_forest(r:Results, base:str="frozen F"): # r: of table1, table2 or
 def heat_maps(
     images, # uint8 (N, 3, H, W)
     masks, # bool (N, H, W) or None
-    maps:dict, # method -> maps (N, H, W), in the unit of good images
+    maps: dict, # method -> maps (N, H, W), in the unit of good images
     defects, # (N,) names
-    top:float=4., # end of the colour scale
-    heading:str="",
+    top: float = 4., # end of the colour scale
+    heading: str = "",
 ): # matplotlib figure
     "Input, mask and one column per method for each image"
     from matplotlib.figure import Figure
     names = ["input", "mask", *(METHOD_NAMES.get(m, m) for m in maps)]
-    fig = Figure(figsize=(1.5*len(names) + .8, 1.5*len(images) + .6), layout="constrained", dpi=90)
+    fig = Figure(figsize=(1.5 * len(names) + .8, 1.5 * len(images) + .6), layout="constrained", dpi=90)
     axes = fig.subplots(len(images), len(names), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     for i, row in enumerate(axes):
         row[0].imshow(np.moveaxis(np.asarray(images[i]), 0, -1))
@@ -95,14 +95,14 @@ def heat_maps(
         ax.set_title(name, fontsize=9)
     bar = fig.colorbar(drawn, ax=axes, shrink=.5, aspect=30, ticks=range(int(top) + 1))
     bar.set_label("0: median of good images, 1: their 99th percentile", fontsize=7)
-    fig.suptitle(textwrap.fill(heading, int(16*fig.get_figwidth())), fontsize=8)
+    fig.suptitle(textwrap.fill(heading, int(16 * fig.get_figwidth())), fontsize=8)
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #8d8ed4a7
 def comparison_maps(
     result, # `Comparison`
-    title:str,
-    n:int=8, # images at most
+    title: str,
+    n: int = 8, # images at most
 ): # matplotlib figure
     "Heat maps of the first method and of the tuned one, or of the last"
     from tocoad.data.images import crop
@@ -139,14 +139,14 @@ class Tile(NamedTuple):
     y: float # inches from the top
     w: float
     h: float
-    def at(self, side:str, gap:float=0., along:float=.5) -> tuple: # inches outwards; share of the side
+    def at(self, side: str, gap: float = 0., along: float = .5) -> tuple: # inches outwards; share of the side
         "A point of the rim, or the centre"
-        x, y = self.x + along*self.w, self.y + along*self.h
+        x, y = self.x + along * self.w, self.y + along * self.h
         return dict(left=(self.x - gap, y), right=(self.x + self.w + gap, y), top=(x, self.y - gap),
                     bottom=(x, self.y + self.h + gap), centre=(x, y))[side]
 
 # %% ../../nbs/paper/drawing.ipynb #0e219438
-def board(width:float=10., height:float=4., dpi:int=100) -> tuple: # figure; axes in inches, y downwards
+def board(width: float = 10., height: float = 4., dpi: int = 100) -> tuple: # figure; axes in inches, y downwards
     "An empty sheet to draw a diagram on"
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), dpi=dpi)
@@ -155,7 +155,7 @@ def board(width:float=10., height:float=4., dpi:int=100) -> tuple: # figure; axe
     return fig, ax
 
 # %% ../../nbs/paper/drawing.ipynb #7c476e2a
-def note(ax, x:float, y:float, text:str, size:float=8.5, colour:str=INK, **kw): # size: points; more as for `text`
+def note(ax, x: float, y: float, text: str, size: float = 8.5, colour: str = INK, **kw): # points; more as for `text`
     "Text on a board, mathtext between dollar signs"
     style = dict(fontsize=size, color=colour, ha="center", va="center", zorder=6, linespacing=1.25)
     return ax.text(x, y, text, math_fontfamily="dejavuserif", **style | kw)
@@ -164,7 +164,7 @@ def _rounded(x, y, w, h, **style):
     from matplotlib.patches import FancyBboxPatch
     return FancyBboxPatch((x + .06, y + .06), w - .12, h - .12, boxstyle="round,pad=.06", **style)
 
-def panel(ax, x:float, y:float, w:float, h:float, text:str=""): # text: in its upper left corner
+def panel(ax, x: float, y: float, w: float, h: float, text: str = ""): # text: in its upper left corner
     "A pale ground behind a part of a board"
     ax.add_patch(_rounded(x, y, w, h, fc="#f6f7f9", ec="#d5d9df", lw=.8, zorder=1))
     note(ax, x + .12, y + .2, text, 9.5, ha="left", weight="bold")
@@ -173,9 +173,9 @@ def panel(ax, x:float, y:float, w:float, h:float, text:str=""): # text: in its u
 def tile(
     ax, # axes of a board
     image, # uint8 (3, H, W), bool (H, W), or numbers (h, w)
-    x:float, y:float, w:float, h:float|None=None, # upper left corner and size; None: square
-    label:str="", # beneath it
-    frame:str=INK, # colour of the rim
+    x: float, y: float, w: float, h: float | None = None, # upper left corner and size; None: square
+    label: str = "", # beneath it
+    frame: str = INK, # colour of the rim
     **kw, # to `imshow`, as cmap, vmin, vmax
 ) -> Tile:
     "A picture, mask or map on a board"
@@ -186,34 +186,34 @@ def tile(
     style |= dict(interpolation="nearest" if max(a.shape[:2]) < 60 else "antialiased", zorder=3, aspect="auto")
     ax.imshow(a if a.dtype == np.uint8 else a.astype(float), extent=(x, x + w, y + h, y), **style | kw)
     ax.add_patch(Rectangle((x, y), w, h, fill=False, ec=frame, lw=.7, zorder=4))
-    note(ax, x + w/2, y + h + .05, label, va="top")
+    note(ax, x + w / 2, y + h + .05, label, va="top")
     return Tile(x, y, w, h)
 
 # %% ../../nbs/paper/drawing.ipynb #fc02f762
 def block(
-    ax, text:str, # axes of a board; what stands in it
-    x:float, y:float, w:float, h:float, # upper left corner and size
-    colour:str=GREY, # of the rim; the inside is a tint of it
-    taper:float=0., # share by which the right side is shorter; negative: the left one
-    dashed:bool=False, size:float=9., # rim; points
+    ax, text: str, # axes of a board; what stands in it
+    x: float, y: float, w: float, h: float, # upper left corner and size
+    colour: str = GREY, # of the rim; the inside is a tint of it
+    taper: float = 0., # share by which the right side is shorter; negative: the left one
+    dashed: bool = False, size: float = 9., # rim; points
 ) -> Tile:
     "A box for a network or an operation"
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Polygon
-    tint = tuple(1 - .16*(1 - np.array(to_rgb(colour))))
+    tint = tuple(1 - .16 * (1 - np.array(to_rgb(colour))))
     style = dict(fc=tint, ec=colour, lw=1.1, ls=(0, (4, 2)) if dashed else "-", zorder=3, joinstyle="round")
-    m, l, r = y + h/2, h/2*min(1, 1 + taper), h/2*min(1, 1 - taper)
+    m, l, r = y + h / 2, h / 2 * min(1, 1 + taper), h / 2 * min(1, 1 - taper)
     corners = [(x, m - l), (x + w, m - r), (x + w, m + r), (x, m + l)]
     ax.add_patch(Polygon(corners, **style) if taper else _rounded(x, y, w, h, **style))
-    note(ax, x + w/2, y + h/2, text, size)
+    note(ax, x + w / 2, y + h / 2, text, size)
     return Tile(x, y, w, h)
 
 # %% ../../nbs/paper/drawing.ipynb #05148cfc
 def arrow(
     ax, *points, # axes of a board; two or more of (x, y), or a `Tile` at either end
-    text:str="", # beside the middle of the first stretch
-    colour:str=INK, dashed:bool=False, lift:float=.1, # lift: of the text, inches
-    size:float=8., head:bool=True, # points; an arrow's head at the end
+    text: str = "", # beside the middle of the first stretch
+    colour: str = INK, dashed: bool = False, lift: float = .1, # lift: of the text, inches
+    size: float = 8., head: bool = True, # points; an arrow's head at the end
 ):
     "A line with a head along points"
     from matplotlib.patches import FancyArrowPatch
@@ -227,49 +227,49 @@ def arrow(
                  color=colour, ls=(0, (3, 2)) if dashed else "-", shrinkA=0, shrinkB=0,
                  joinstyle="round", capstyle="butt", fill=head)
     ax.add_patch(FancyArrowPatch(path=Line(p), zorder=2, **style))
-    note(ax, (p[0][0] + p[1][0])/2, (p[0][1] + p[1][1])/2 - lift, text, size, colour)
+    note(ax, (p[0][0] + p[1][0]) / 2, (p[0][1] + p[1][1]) / 2 - lift, text, size, colour)
 
 # %% ../../nbs/paper/drawing.ipynb #38b03478
-def contour(ax, place:Tile, mask, colour:str="#4fe0d6", width:float=.6): # mask: bool (H, W); width: points
+def contour(ax, place: Tile, mask, colour: str = "#4fe0d6", width: float = .6): # mask: bool (H, W); width: points
     "The rim of a mask on a picture"
     from matplotlib.patches import Rectangle
     m = np.pad(np.asarray(mask, float), 1)
     if not m.any():
         return
     x, y, w, h = place
-    dx, dy = w/np.shape(mask)[1], h/np.shape(mask)[0]
+    dx, dy = w / np.shape(mask)[1], h / np.shape(mask)[0]
     rim = (x - dx, x + w + dx, y - dy, y + h + dy)
     drawn = ax.contour(m, [.5], colors=[colour], linewidths=width, zorder=5, extent=rim)
     drawn.set_clip_path(Rectangle((x, y), w, h, transform=ax.transData))
 
 def cell(
-    ax, place:Tile, row:int, column:int, side:int, # axes of a board; a picture; which patch; patches along a side
-    colour:str=HUES["bad"], **kw, # to `Rectangle`
+    ax, place: Tile, row: int, column: int, side: int, # axes of a board; a picture; which patch; patches along a side
+    colour: str = HUES["bad"], **kw, # to `Rectangle`
 ) -> Tile:
     "One patch of a picture"
     from matplotlib.patches import Rectangle
-    w, h = place.w/side, place.h/side
-    t = Tile(place.x + column*w, place.y + row*h, w, h)
+    w, h = place.w / side, place.h / side
+    t = Tile(place.x + column * w, place.y + row * h, w, h)
     ax.add_patch(Rectangle(t[:2], t.w, t.h, **dict(fill=False, ec=colour, lw=1.1, zorder=5) | kw))
     return t
 
 # %% ../../nbs/paper/drawing.ipynb #a9c9ac6e
-def zoom(image, row:int, column:int, side:int, around:int=2): # image: uint8 (3, H, W); side: patches along one
+def zoom(image, row: int, column: int, side: int, around: int = 2): # image: uint8 (3, H, W); side: patches along one
     "A patch in the middle of 2 `around` + 1, grey beyond the image"
-    n = image.shape[-1]//side
-    grown = np.pad(image, ((0, 0), (around*n,)*2, (around*n,)*2), constant_values=128)
-    return grown[:, row*n:(row + 2*around + 1)*n, column*n:(column + 2*around + 1)*n]
+    n = image.shape[-1] // side
+    grown = np.pad(image, ((0, 0), (around * n,) * 2, (around * n,) * 2), constant_values=128)
+    return grown[:, row * n:(row + 2 * around + 1) * n, column * n:(column + 2 * around + 1) * n]
 
-def strip(ax, v, x:float, y:float, w:float, h:float, label:str="", top:float=2.5) -> Tile: # top: end of the scale
+def strip(ax, v, x: float, y: float, w: float, h: float, label: str = "", top: float = 2.5) -> Tile: # end of the scale
     "A vector as a row of colours, blue below and red above zero"
-    note(ax, x - .06, y + h/2, label, ha="right", size=9.5)
+    note(ax, x - .06, y + h / 2, label, ha="right", size=9.5)
     return tile(ax, np.asarray(v, float)[None], x, y, w, h, cmap="RdBu_r", vmin=-top, vmax=top, frame=GREY)
 
 # %% ../../nbs/paper/drawing.ipynb #144e2f89
-def plot(fig, x:float, y:float, w:float, h:float, title:str=""): # corner and size of the frame, inches
+def plot(fig, x: float, y: float, w: float, h: float, title: str = ""): # corner and size of the frame, inches
     "A small plot on a board: its axes"
     W, H = fig.get_size_inches()
-    ax = fig.add_axes((x/W, 1 - (y + h)/H, w/W, h/H), zorder=7, facecolor="none")
+    ax = fig.add_axes((x / W, 1 - (y + h) / H, w / W, h / H), zorder=7, facecolor="none")
     ax.tick_params(labelsize=7, length=2.5, width=.6, colors=INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set(linewidth=.7, color=GREY)
@@ -278,10 +278,10 @@ def plot(fig, x:float, y:float, w:float, h:float, title:str=""): # corner and si
 
 # %% ../../nbs/paper/drawing.ipynb #407d4083
 def scale(
-    fig, x:float, y:float, w:float, h:float, # of a board; corner and size
-    top:float, # end of the scale
-    label:str="", cmap:str="inferno", # beneath or beside it
-    low:float=0., ticks=None, # start of the scale; None: whole numbers
+    fig, x: float, y: float, w: float, h: float, # of a board; corner and size
+    top: float, # end of the scale
+    label: str = "", cmap: str = "inferno", # beneath or beside it
+    low: float = 0., ticks=None, # start of the scale; None: whole numbers
 ): # axes
     "A colour bar on a board, lying or standing"
     from matplotlib.cm import ScalarMappable
@@ -293,19 +293,19 @@ def scale(
     bar.set_label(label, fontsize=7, color=INK, math_fontfamily="dejavuserif", labelpad=3)
     return ax
 
-def footer(fig, r, size:float=7.): # r: `Results`, or a text; size: points
+def footer(fig, r, size: float = 7.): # r: `Results`, or a text; size: points
     "What was run, in small print at the foot of a figure"
     W, H = fig.get_size_inches()
     text = r if isinstance(r, str) else "; ".join([r.title(), *r.missing, *r.failed])
-    text = textwrap.fill(text, int(W*72/size/.56))
-    fig.text(.1/W, .07/H, text, fontsize=size, color=GREY, va="bottom", linespacing=1.2)
+    text = textwrap.fill(text, int(W * 72 / size / .56))
+    fig.text(.1 / W, .07 / H, text, fontsize=size, color=GREY, va="bottom", linespacing=1.2)
 
 # %% ../../nbs/paper/drawing.ipynb #b9ea1c01
-def samples(r:Results, n:int=10) -> list: # about n dicts: dataset, category, defect, image, mask, frozen, two_stage
+def samples(r: Results, n: int = 10) -> list: # about n dicts: dataset, category, defect, image, mask, frozen, two_stage
     "A few images of each category of a figure, the first of its gallery"
     galleries = r.arrays_of("gallery")
     names = dict(image="images", mask="masks", frozen="frozen", two_stage="two_stage")
-    each = max(1, n//max(1, len(galleries)))
+    each = max(1, n // max(1, len(galleries)))
     arrays = lambda g, i: {k: g["arrays"][f][i] for k, f in names.items()}
     return [dict(dataset=g["dataset"], category=g["category"], defect=d, **arrays(g, i))
             for g in galleries for i, d in enumerate(g["values"]["defects"][:each])]

@@ -21,11 +21,11 @@ SECTIONS = {"A. Likely to decide the outcome": range(1, 13),
 
 @cache
 def _gaps():
-    with (files("tocoad")/"paper"/"gaps.csv").open(encoding="utf-8") as f:
+    with (files("tocoad") / "paper" / "gaps.csv").open(encoding="utf-8") as f:
         return pd.read_csv(f, keep_default_na=False).set_index("gap")
 
 def gaps() -> pd.DataFrame: # a row a gap, 1-69: item, paper, siblings, default, alternatives, decided, sensitivity
-    "What the paper leaves open; the file is read once."
+    "What the paper leaves open; the file is read once"
     return _gaps().copy()
 
 # %% ../../nbs/paper/gaps.ipynb #85dcc8dd
@@ -55,8 +55,8 @@ class Gap:
 
 # %% ../../nbs/paper/gaps.ipynb #3e3bb608
 def gap(
-    n:int, # its number, 1-69
+    n: int, # its number, 1-69
 ) -> Gap: # shows itself in a notebook
-    "One row of the list; BadInput for a number that it does not hold."
+    "One row of the list; BadInput for a number that it does not hold"
     n = one_of(n, gaps().index, "a gap")
     return Gap(n, *gaps().loc[n])

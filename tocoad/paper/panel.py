@@ -18,11 +18,11 @@ from ..run.report import NAMES, interval
 # %% ../../nbs/paper/panel.ipynb #8121ef2e
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 
-def places(r:Results) -> list: # pairs (data set, category)
+def places(r: Results) -> list: # pairs (data set, category)
     "The sets of a panel, in the order in which they were named"
     return [(s["dataset"], s["category"]) for s in r.sheet["sets"]]
 
-def sets(r:Results) -> pd.DataFrame: # a row a set
+def sets(r: Results) -> pd.DataFrame: # a row a set
     "What each set is: where it comes from, its counts, whose split it is"
     split = lambda s: "own" if s["own_split"] else "as published" if s["dataset"] in PUBLISHED else "of the folder"
     rows = [{"from": s["dataset"], "train": s["train"], "test, good": s["good"], "test, defective": s["bad"],
@@ -32,11 +32,11 @@ def sets(r:Results) -> pd.DataFrame: # a row a set
 PUBLISHED = ("mvtec_ad", "visa", "btad")
 
 # %% ../../nbs/paper/panel.ipynb #a4b5a3b4
-def controls(r:Results) -> list: # names of rows
+def controls(r: Results) -> list: # names of rows
     "The rows at rate 0"
     return [x.name for x in r.plan if x.method.endswith("control")]
 
-def differences(r:Results, row:str, metric:str) -> dict: # base -> {category: `Interval`}; over several sets their mean
+def differences(r: Results, row: str, metric: str) -> dict: # base -> {category: `Interval`}; of several sets their mean
     "What a row is compared with, set by set"
     out = {}
     for base in r.differences.base[r.differences.row == row].unique():
@@ -48,7 +48,7 @@ def differences(r:Results, row:str, metric:str) -> dict: # base -> {category: `I
 BASES = {"frozen F": "Δ frozen F", "C alone, weight 0.5": "Δ C, half weight"}
 
 @side_by_side
-def table(r:Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metric, what)
+def table(r: Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metric, what)
     "Every row on every set: values, and paired differences to the frozen F, to its control, to C alone at half weight"
     by = {(x, m): differences(r, x, m) for x in r.rows for m in METRICS}
     means = dict.fromkeys(c for d in by.values() for found in d.values() for c in found if c.startswith("mean of "))
@@ -69,14 +69,14 @@ def table(r:Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metric
     return f.loc[:, [set(f[k]) != {"-"} for k in f]] if out else pd.DataFrame(columns=["no run is there yet"])
 
 # %% ../../nbs/paper/panel.ipynb #8f5461bf
-def forest(r:Results, base:str="frozen F"): # matplotlib figure
+def forest(r: Results, base: str = "frozen F"): # matplotlib figure
     "Each row's differences to the frozen F, set by set and on average"
     named = lambda x, row: f"{row}, {x.sheet['profile']}" if r.beside else row
     each = [(x, y) for x in (r, *r.beside) for y in x.rows if y != base]
     points = lambda m: {named(x, y): differences(x, y, m).get(base, {}) for x, y in each}
     return drawing.forest({NAMES[m]: points(m) for m in METRICS}, r.heading())
 
-def tidy(r:Results) -> pd.DataFrame: # profile, set, row, metric, mean, std, seeds, base, gain, low, high; per cent
+def tidy(r: Results) -> pd.DataFrame: # profile, set, row, metric, mean, std, seeds, base, gain, low, high; per cent
     "All numbers of a panel in long form"
     out = []
     for p, row, m in [(x, y, k) for x in (r, *r.beside) for y in x.rows for k in METRICS]:

@@ -35,7 +35,7 @@ MINI = groups_of("mini")["total_avg"]
 PROFILE_OF = {(p, "btad"): dict(epochs2=150) for p in ("literal", "paper")} # gap 45
 
 def datasets(
-    target:str, # one of `TARGETS`
+    target: str, # one of `TARGETS`
 ) -> tuple: # names
     "The data sets that a table or figure is about"
     if target in ("audit", "verdict", "panel"):
@@ -45,7 +45,7 @@ def datasets(
 # %% ../../nbs/paper/plan.ipynb #73a6792e
 def find(
     root, # folder, or None
-    dataset:str, # "mvtec_ad", "visa" or "btad"
+    dataset: str, # "mvtec_ad", "visa" or "btad"
     wanted=None, # categories to keep; None: all
 ) -> tuple: # folder that holds the categories or None, names that are there, names that are missing
     "Where a data set lies below a root, and which of its categories"
@@ -53,8 +53,8 @@ def find(
     keep = [c for c in every if wanted is None or c in wanted]
     if root is None:
         return None, keep, []
-    for folder in [Path(root)/f for f in FOLDERS[dataset]] + [Path(root)]:
-        there = [c for c in keep if (folder/c).is_dir()]
+    for folder in [Path(root) / f for f in FOLDERS[dataset]] + [Path(root)]:
+        there = [c for c in keep if (folder / c).is_dir()]
         if there:
             return folder, there, [c for c in every if c not in there]
     return None, [], list(every)
@@ -83,19 +83,19 @@ def _checked(o):
 class Options:
     "What to reproduce with"
     profile: str = "smoke"
-    root: str|None = None # folder that holds the data sets; None: the embedded mini set
+    root: str | None = None # folder that holds the data sets; None: the embedded mini set
     seeds: tuple = (0,)
-    categories: tuple|None = None # None: all that are there
+    categories: tuple | None = None # None: all that are there
     settings: tuple = () # texts key=value, applied to every run
-    store: str|None = None # None: `default_store()`
-    device: str|None = None
+    store: str | None = None # None: `default_store()`
+    device: str | None = None
     folders: tuple = () # of the panel: each a category
 
     def __post_init__(self):
         "`BadInput` before anything is computed"
         _checked(self)
 
-    def config(self, dataset:str, category:str, seed:int, row): # a group, a seed, a `Row`
+    def config(self, dataset: str, category: str, seed: int, row): # a group, a seed, a `Row`
         "The settings of one cell"
         base = config(self.profile, dataset=dataset, category=category, seed=seed)
         base = base.replace(**PROFILE_OF.get((self.profile, dataset), {}) | row.changes | settings(self.settings))
@@ -107,17 +107,17 @@ class Options:
 
 # %% ../../nbs/paper/plan.ipynb #28b7e963
 @patch(as_prop=True)
-def bn2(self:Options):
+def bn2(self: Options):
     "Batch norm in stage II"
     return settings(self.settings).get("bn2", config(self.profile).bn2)
 
 @patch(as_prop=True)
-def panel(self:Options):
+def panel(self: Options):
     "The folders of the panel, whole paths"
     return tuple(Path(f).expanduser().resolve() for f in self.folders)
 
 @patch(as_prop=True)
-def place(self:Options):
+def place(self: Options):
     "The folder of the data sets; None: the embedded mini set"
     return None if self.root is None else Path(self.root).expanduser()
 
@@ -127,7 +127,7 @@ def _words(x):
     return tuple(x.replace(",", " ").split()) if isinstance(x, str) else tuple(np.atleast_1d(x).tolist())
 
 def options(
-    profile:str="smoke", root=None, seeds=(0,), categories=None, # see `Options`
+    profile: str = "smoke", root=None, seeds=(0,), categories=None, # see `Options`
     settings=(), store=None, device=None, folders=(),
     **_, # other parameters of a notebook
 ) -> Options:
@@ -140,7 +140,7 @@ def options(
 # %% ../../nbs/paper/plan.ipynb #8e9a46be
 def check(
     targets, # of `TARGETS`
-    o:Options,
+    o: Options,
 ):
     "BadInput if the settings contradict a row, or leave something to be said"
     if "panel" in targets and not o.folders:
@@ -156,8 +156,8 @@ def check(
 METRICS, TRAINING = ("image_auroc", "pixel_auroc"), ("curve", "stage2", "contrastive")
 
 def places(
-    target:str, # one of `TARGETS`
-    o:Options,
+    target: str, # one of `TARGETS`
+    o: Options,
 ) -> dict: # (data set, category) -> folder that holds the category's, None for the mini set
     "Where the images of a target lie; a panel's sets are named after the folders that hold them"
     if target == "panel":
@@ -172,7 +172,7 @@ def places(
 
 def groups(
     targets, # of `TARGETS`
-    o:Options,
+    o: Options,
 ) -> dict: # (data set, category) -> targets that need it
     "The categories to run, and what for"
     out = {}
@@ -191,8 +191,8 @@ def _text_pairs(target, every):
     return [(by["True", "True"] if by else TWO_STAGE["Perlin"], HALF)] if target in ("table5", "panel") else []
 
 def against(
-    target:str, # a table
-    bn2:str="eval", # as for `rows`
+    target: str, # a table
+    bn2: str = "eval", # as for `rows`
 ) -> list: # pairs (row, row it is compared with)
     "The paired differences of a table"
     every = rows(target, bn2)
@@ -203,7 +203,7 @@ def against(
 
 # %% ../../nbs/paper/plan.ipynb #b495c667
 def metrics_of(
-    target:str, # a table
+    target: str, # a table
 ) -> tuple:
     "The metrics that its differences are taken in"
     return (*METRICS, "aupro") if target == "panel" else METRICS
@@ -227,10 +227,10 @@ def _of_table(t, o, run, make, cfg, masks, there):
 # %% ../../nbs/paper/plan.ipynb #42a3576c
 def wanted(
     targets, # that need the group
-    o:Options, dataset:str, category:str, # the group
+    o: Options, dataset: str, category: str, # the group
     link, # function: settings -> chain of tasks
     make, # function: (stage, cfg, needs, **extra) -> `Task`
-    masks:bool=True, # whether pixel metrics exist
+    masks: bool = True, # whether pixel metrics exist
     tour=None, # function: `Config` -> `Task`
     there=lambda ts: True, # function: chain of tasks -> whether to take that run
 ) -> dict: # ("metrics" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
@@ -261,8 +261,8 @@ def stages_of(
 # %% ../../nbs/paper/plan.ipynb #84a3858c
 def outline(
     targets, # of `TARGETS`
-    o:Options,
-    everywhere:bool=False, # all categories of the paper, whether they are here or not
+    o: Options,
+    everywhere: bool = False, # all categories of the paper, whether they are here or not
 ) -> dict: # (data set, category) -> all tasks, each once
     "The stages that a reproduction consists of"
     out, sets = {}, groups(targets, o)
@@ -288,14 +288,14 @@ GFLOP = dict(tf_efficientnet_lite0=.8, resnet18=3.6, resnet50=8.2, wide_resnet50
 ASSUMED = dict(cpu=60., cuda=60e3) # GFLOP/s
 
 def images_in(
-    dataset:str, category:str, # a group
+    dataset: str, category: str, # a group
     folder=None, # that holds the category's
 ) -> int:
     "Training images of a category: published, or counted where nothing is"
     if dataset == "mini":
         return 32
     if folder and category not in CATEGORIES.get(dataset, ()):
-        return sum(p.is_file() for p in (Path(folder)/category).glob("train/**/*"))
+        return sum(p.is_file() for p in (Path(folder) / category).glob("train/**/*"))
     c = published.counts().query("dataset == @dataset and category == @category and split == 'train'")
     return int(c["count"].sum())
 
@@ -303,7 +303,7 @@ def _work(does, c, n):
     "Images that a stage passes through F, training passes counted by their cost"
     many, _, few = does.epochs.partition("/")
     epochs = getattr(c, many) if many else 1
-    return n*does.work*(epochs//(getattr(c, few) or 1) if few else epochs)
+    return n * does.work * (epochs // (getattr(c, few) or 1) if few else epochs)
 
 # %% ../../nbs/paper/plan.ipynb #c9133d38
 def _rate_of(stage, c, kind):
@@ -312,18 +312,18 @@ def _rate_of(stage, c, kind):
 
 def estimate(
     tasks, # to be computed
-    n:int, # training images of their category
+    n: int, # training images of their category
     rates=None, # from `rates_in` or `rates_from`
-    device:str="cpu", # kind
+    device: str = "cpu", # kind
 ) -> float: # seconds
     "How long some stages will take"
-    counted = lambda c: GFLOP.get(c.backbone, 10)*(c.size/224)**2/ASSUMED[device]
+    counted = lambda c: GFLOP.get(c.backbone, 10) * (c.size / 224)**2 / ASSUMED[device]
     per = lambda t: (rates or {}).get(_rate_of(t.stage, t.cfg, device), counted(t.cfg))
-    return sum(per(t)*_work(t.does, t.cfg, n) for t in tasks)
+    return sum(per(t) * _work(t.does, t.cfg, n) for t in tasks)
 
 # %% ../../nbs/paper/plan.ipynb #5ccfb935
 def rates_in(
-    store:Store,
+    store: Store,
 ) -> dict: # (stage, backbone, precision, size, kind of device) -> seconds per unit of work
     "Rates of the stored stages"
     stages, found = STAGES | {k: v for s in SYSTEMS.values() for k, v in s.stages.items()}, {}
@@ -331,7 +331,7 @@ def rates_in(
         if r["stage"] in stages:
             c = SimpleNamespace(**r["config"])
             key = _rate_of(r["stage"], c, "cpu" if r["hardware"]["device"] == "cpu" else "cuda")
-            found.setdefault(key, []).append(r["seconds"]/max(_work(stages[r["stage"]], c, r["images"]), 1e-9))
+            found.setdefault(key, []).append(r["seconds"] / max(_work(stages[r["stage"]], c, r["images"]), 1e-9))
     return {k: float(np.median(v)) for k, v in found.items()}
 
 def rates_from(

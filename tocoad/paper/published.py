@@ -21,12 +21,12 @@ from ..data.errors import BadInput, one_of
 # %% ../../nbs/paper/published.ipynb #58fbd9ec
 @cache
 def _read(name):
-    with (files("tocoad")/"paper"/f"{name}.csv").open(encoding="utf-8") as f:
+    with (files("tocoad") / "paper" / f"{name}.csv").open(encoding="utf-8") as f:
         return pd.read_csv(f, dtype=str)
 
 # %% ../../nbs/paper/published.ipynb #3df922db
-def table(n:int) -> pd.DataFrame: # n: 1-9; dataset, category, kind, factors, metric, printed (str), value
-    "Table `n` of the paper in tidy form, a row a number."
+def table(n: int) -> pd.DataFrame: # n: 1-9; dataset, category, kind, factors, metric, printed (str), value
+    "Table `n` of the paper in tidy form, a row a number"
     n = one_of(n, range(1, 10), "the table")
     t = _read(f"table{n}").rename(columns={"lambda": "lam", "value": "printed"})
     if n > 3:
@@ -44,7 +44,7 @@ OBJECTS = tuple(c for c in CATEGORIES["mvtec_ad"] if c not in TEXTURES)
 def members(dataset: str,  # "mvtec_ad", "visa" or "btad"
             average: str,  # "texture_avg", "object_avg" or "total_avg"
            ) -> tuple:     # names of the categories
-    "The categories that an average is taken over."
+    "The categories that an average is taken over"
     every = CATEGORIES[one_of(dataset, CATEGORIES, "the data set")]
     groups = {"total_avg": every} | (dict(texture_avg=TEXTURES, object_avg=OBJECTS) if dataset == "mvtec_ad" else {})
     return groups[one_of(average, groups, f"an average of {dataset}")]
@@ -56,7 +56,7 @@ def _keys(n): # columns that tell the rows of table n apart
 # %% ../../nbs/paper/published.ipynb #db312554
 @dataclass(frozen=True, eq=False, repr=False)
 class Cell(float):
-    "A published value in per cent that knows its table and row."
+    "A published value in per cent that knows its table and row"
     value: float      # per cent
     table: int        # 1-9
     row: tuple        # pairs (column, value) that address it
@@ -76,7 +76,7 @@ class Cell(float):
 def cell(n: int,    # the paper's table, 1-9
          **where,   # column = value, enough of them to leave one row
         ) -> Cell:
-    "The one value of table `n` for which every `where` holds."
+    "The one value of table `n` for which every `where` holds"
     n = one_of(n, range(1, 10), "the table")
     t, at = table(n), f"of table {n}"
     for k, v in where.items():
@@ -92,7 +92,7 @@ def cell(n: int,    # the paper's table, 1-9
 def wide(n: int,          # the paper's table, 1-9
          values="value",  # "value" (float) or "printed" (the paper's own digits)
         ) -> pd.DataFrame: # NaN where the paper prints a dash
-    "Table `n` in the paper's layout."
+    "Table `n` in the paper's layout"
     t, keys = table(n), _keys(n)
     cols = ["method", "metric"] if n < 3 else ["category"] if n == 3 else ["metric"]
     rows = ["method"] if n == 3 else [k for k in keys if k not in cols]
@@ -109,7 +109,7 @@ _LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", lam="λ", n
 # %% ../../nbs/paper/published.ipynb #344ddb71
 def label(x, # a category, method, metric, factor or its value
          ) -> str:
-    "A name as the paper writes it."
+    "A name as the paper writes it"
     if isinstance(x, bool | np.bool_):
         return "✓" if x else "×"
     return _LABELS.get(x, str(x)[:1].upper() + str(x)[1:].replace("_", " "))
@@ -117,7 +117,7 @@ def label(x, # a category, method, metric, factor or its value
 # %% ../../nbs/paper/published.ipynb #c1f10772
 def printed(n: int,         # the paper's table, 1-9
            ) -> pd.DataFrame: # strings
-    "Table `n` for reading: the paper's digits, dashes and names."
+    "Table `n` for reading: the paper's digits, dashes and names"
     w = wide(n, "printed").astype(object).fillna("-")
     if n < 3:
         w = pd.DataFrame({m: w[m].agg(" / ".join, axis=1) for m in w.columns.unique("method")})
@@ -126,8 +126,8 @@ def printed(n: int,         # the paper's table, 1-9
     return w.set_axis(index).rename(columns=label).rename_axis(columns=None)
 
 # %% ../../nbs/paper/published.ipynb #4436d399
-def recompute(t:pd.DataFrame, rounding=ROUND_HALF_UP) -> pd.DataFrame: # t: as from `table(1)`; exact decimals, per cent
-    "Each printed average beside the mean of its own rows, and their difference."
+def recompute(t: pd.DataFrame, rounding=ROUND_HALF_UP) -> pd.DataFrame: # as from `table(1)`; exact decimals, per cent
+    "Each printed average beside the mean of its own rows, and their difference"
     rows = []
     for (dataset, method, metric), g in t.groupby(["dataset", "method", "metric"], sort=False):
         a = dict(zip(g.category, map(Decimal, g.printed), strict=True))
@@ -142,20 +142,20 @@ def recompute(t:pd.DataFrame, rounding=ROUND_HALF_UP) -> pd.DataFrame: # t: as f
 # %% ../../nbs/paper/published.ipynb #e3669b2c
 def averages(rounding=ROUND_HALF_UP, # a constant of `decimal`
             ) -> pd.DataFrame:       # the columns of `recompute`, and the table
-    "Every average that Tables 1-3 print, recomputed."
+    "Every average that Tables 1-3 print, recomputed"
     a = pd.concat([recompute(table(n), rounding).assign(table=n) for n in (1, 2, 3)], ignore_index=True)
     return a[["table", *a.columns.drop("table")]]
 
 # %% ../../nbs/paper/published.ipynb #da6eca8f
 def audit(tolerance=0.01,  # per cent: a difference up to this is taken for rounding
          ) -> pd.DataFrame: # table, method, average, metric, printed, recomputed, difference
-    "The printed averages that their own rows do not give."
+    "The printed averages that their own rows do not give"
     a = averages()
     return a[a.difference.abs() > Decimal(str(tolerance))].reset_index(drop=True)
 
 # %% ../../nbs/paper/published.ipynb #b150894e
 def counts() -> pd.DataFrame: # dataset, category, split ("train"/"test"), label ("normal"/"anomalous"), count (images)
-    "Images in each category of the three data sets."
+    "Images in each category of the three data sets"
     return _read("dataset_counts").astype({"count": int})
 
 # %% ../../nbs/paper/published.ipynb #09b3c37d
@@ -164,7 +164,7 @@ STATED = {("mvtec_ad", "split", "train"): 3629, ("mvtec_ad", "split", "test"): 1
 
 # %% ../../nbs/paper/published.ipynb #2d6b41c1
 def count_audit() -> pd.DataFrame: # dataset, part, stated, counted, difference (images)
-    "The image counts that the paper states beside those of the data sets."
+    "The image counts that the paper states beside those of the data sets"
     c = counts()
     rows = [dict(dataset=d, part=part, stated=n, counted=c["count"][(c.dataset == d) & (c[col] == part)].sum())
             for (d, col, part), n in STATED.items()]
@@ -176,7 +176,7 @@ DEFAULT = dict(generator="CutPaste", layers="3+4", ncl=True, dnp=True, lam=.5, l
 
 # %% ../../nbs/paper/published.ipynb #781593aa
 def configurations() -> pd.DataFrame: # the factors of `DEFAULT`, image_auroc, pixel_auroc (per cent), tables (ints)
-    "Tables 4-9 as whole configurations, each one once; a factor that has no part in it is NaN."
+    "Tables 4-9 as whole configurations, each one once; a factor that has no part in it is NaN"
     rows = []
     for n in range(4, 10):
         for r in wide(n).reset_index().to_dict("records"):
@@ -193,7 +193,7 @@ def configurations() -> pd.DataFrame: # the factors of `DEFAULT`, image_auroc, p
 # %% ../../nbs/paper/published.ipynb #9b9629a3
 @dataclass(frozen=True)
 class Remark:
-    "A finding about one published table."
+    "A finding about one published table"
     table: int  # 1-9
     kind: str   # average, column, count, text, gap, reading, choice or values
     where: str  # column, row or place
@@ -203,7 +203,7 @@ class Remark:
 
 # %% ../../nbs/paper/published.ipynb #15aae0a1
 class Remarks(list):
-    "Remarks that show as a bullet list."
+    "Remarks that show as a bullet list"
     def __repr__(self):
         return "\n".join(map(str, self)) or "No remarks."
     def _repr_markdown_(self):
@@ -235,8 +235,8 @@ def _ablation(n): # what Tables 4-9 say beside one another
             yield "values", f"{i:.2f} / {p:.2f}", f"printed for two configurations, {who}"
 
 # %% ../../nbs/paper/published.ipynb #86bb2787
-def remarks(n:int) -> Remarks: # of the paper's table n, 1-9
-    "What a reader of Table `n` should know."
+def remarks(n: int) -> Remarks: # of the paper's table n, 1-9
+    "What a reader of Table `n` should know"
     said = _read("remarks")
     said = said[said.table == str(one_of(n, range(1, 10), "the table"))].drop(columns="table")
     return Remarks(Remark(n, *r) for r in [*said.itertuples(index=False), *_slips(n), *(_ablation(n) if n > 3 else ())])

@@ -63,12 +63,12 @@ def _sheets(targets, o, workers, keep, log, quiet, stored=False):
 # %% ../../nbs/paper/regenerate.ipynb #41138535
 def regenerate(
     targets, # of `TARGETS`
-    o:Options,
+    o: Options,
     out, # folder of the reports
-    workers=None, keep:str="all", log=lambda line: None, quiet:bool=True, # see `compute`
+    workers=None, keep: str = "all", log=lambda line: None, quiet: bool = True, # see `compute`
     extra=None, # more parameters for the notebooks
-    beside:tuple=(), # more profiles, whose results stand beside
-    stored:bool=False, # compute no run
+    beside: tuple = (), # more profiles, whose results stand beside
+    stored: bool = False, # compute no run
 ) -> dict: # target -> list of what failed
     "Tables and figures into a folder"
     failed = {}
@@ -105,8 +105,8 @@ def _missing(targets, o, d, c, known, store):
 # %% ../../nbs/paper/regenerate.ipynb #3a300129
 def forecast(
     targets, # of `TARGETS`
-    o:Options,
-    everywhere:bool=False, # all categories of the paper, whether they are here or not
+    o: Options,
+    everywhere: bool = False, # all categories of the paper, whether they are here or not
     rates=None, # from `rates_from`; they go before those of the store
 ) -> pd.DataFrame: # a row per category: runs, stages, stored, to compute, hours
     "What a reproduction would compute"
@@ -121,7 +121,7 @@ def forecast(
         measured = bool(missing) and all(_rate_of(t.stage, t.cfg, kind) in rates for t in missing)
         out.append(dict(dataset=d, category=c, runs=sum(t.stage == "metrics" for t in ts), stages=len(ts),
                         stored=len(ts) - len(missing), compute=len(missing),
-                        hours=estimate(missing, n, rates, kind)/3600, measured=measured))
+                        hours=estimate(missing, n, rates, kind) / 3600, measured=measured))
     columns = "dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"
     return pd.DataFrame(out, columns=columns)
 
@@ -129,10 +129,11 @@ def forecast(
 PARAMETERS = "profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders"
 
 def notebook_of(
-    target:str, # of `TARGETS`
+    target: str, # of `TARGETS`
 ) -> Path:
     "The notebook that draws a table or figure"
-    path = PACKAGE.parent/"nbs"/"paper"/("figures" if target.startswith("figure") else "tables")/f"{target}.ipynb"
+    kind = "figures" if target.startswith("figure") else "tables"
+    path = PACKAGE.parent / "nbs" / "paper" / kind / f"{target}.ipynb"
     if not path.exists():
         raise BadInput(f"{path.name} is not beside this installation: clone the repository, "
                        "install it with `pip install -e .`, and run tocoad from there.")
@@ -140,14 +141,14 @@ def notebook_of(
 
 # %% ../../nbs/paper/regenerate.ipynb #f083d668
 def run_notebook(
-    target:str, # of `TARGETS`
-    out:Path, # folder; the executed notebook goes to its `notebooks`
-    parameters:dict,
-    source:Path|None=None, # the notebook; None: `notebook_of(target)`
-) -> str|None: # why it failed, None if it did not
+    target: str, # of `TARGETS`
+    out: Path, # folder; the executed notebook goes to its `notebooks`
+    parameters: dict,
+    source: Path | None = None, # the notebook; None: `notebook_of(target)`
+) -> str | None: # why it failed, None if it did not
     "Execute the notebook of a table or figure"
     import papermill
-    source, done = source or notebook_of(target), Path(out)/"notebooks"/f"{target}.ipynb"
+    source, done = source or notebook_of(target), Path(out) / "notebooks" / f"{target}.ipynb"
     done.parent.mkdir(parents=True, exist_ok=True)
     if (odd := sorted(set(parameters) - set(papermill.inspect_notebook(str(source))))):
         return f"{source.name} has no parameter {odd[0]!r}: add it to its cell tagged parameters."
@@ -190,11 +191,11 @@ def _parameters(target):
 def run_notebooks(
     targets, # of `TARGETS`
     out, # folder of the reports
-    o:Options,
+    o: Options,
     log=lambda line: None,
-    quiet:bool=True,
+    quiet: bool = True,
     extra=None, # more parameters, for the notebooks that have them
-    beside:tuple=(), # more profiles
+    beside: tuple = (), # more profiles
 ) -> dict: # target -> why it failed
     "Execute the notebooks of some targets side by side, from what is stored"
     out, given = Path(out).absolute(), _given(o, out, beside)
@@ -213,11 +214,11 @@ def run_notebooks(
 # %% ../../nbs/paper/regenerate.ipynb #d6cd20e5
 def _section(out, t, why):
     "A table or figure on the index; nothing where there is none"
-    files = sorted((out/("figures" if t.startswith("figure") else "tables")).glob(f"{t}.*"))
+    files = sorted((out / ("figures" if t.startswith("figure") else "tables")).glob(f"{t}.*"))
     if not files and not why:
         return ""
     at = lambda p: p.relative_to(out).as_posix()
-    linked = [p for p in (*files, out/"notebooks"/f"{t}.ipynb") if p.exists()]
+    linked = [p for p in (*files, out / "notebooks" / f"{t}.ipynb") if p.exists()]
     links = " ".join(f'<a href="{at(p)}">{p.suffix[1:]}</a>' for p in linked)
     tables = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix == ".html")
     pictures = "".join(f'<img src="{at(p)}" alt="{t}">' for p in files if p.suffix == ".png")
@@ -239,7 +240,7 @@ def write_index(
     parts = {t: part for t in TARGETS if (part := _section(out, t, failed.get(t)))}
     nav = "".join(f'<a href="#{t}">{t}</a>' for t in parts)
     head = f'<meta charset="utf-8"><title>tocoad reports</title><style>{_STYLE}</style>'
-    with whole(out/"index.html") as aside:
+    with whole(out / "index.html") as aside:
         page = f'<!doctype html><html lang="en">{head}<nav>{nav}</nav>{"".join(parts.values())}</html>'
         aside.write_text(page, encoding="utf-8")
-    return out/"index.html"
+    return out / "index.html"

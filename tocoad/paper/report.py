@@ -46,7 +46,7 @@ class Results:
 
 # %% ../../nbs/paper/report.ipynb #d26d5e7a
 @patch
-def title(self:Results):
+def title(self: Results):
     "One line: data, profile, seeds, machine"
     s, sets = self.sheet, {}
     for x in [*s["runs"], *s["arrays"]]:
@@ -61,34 +61,34 @@ def title(self:Results):
     return f"{what}{part}; profile {profiles}{mark(s['profile'])}{also}; {named_seeds(s['seeds'])}; {by}"
 
 @patch
-def heading(self:Results):
+def heading(self: Results):
     "What a single picture must say of itself, in few words"
     sets = " and ".join(map(label, self.runs.dataset.unique()))
     return f"{sets}, profile {self.sheet['profile']}{mark(self.sheet['profile'])}, {named_seeds(self.sheet['seeds'])}"
 
 # %% ../../nbs/paper/report.ipynb #bfd6805e
 @patch(as_prop=True)
-def failed(self:Results): # texts
+def failed(self: Results): # texts
     return [f"{f['row']}, {f['category']}, seed {f['seed']}: {f['reason']}" for f in self.sheet["failed"]]
 
 @patch(as_prop=True)
-def missing(self:Results): # texts
+def missing(self: Results): # texts
     lost = {} if self.sheet["mini"] else self.sheet["missing"]
     return [f"{label(d)}: {', '.join(map(label, cs))} not there" for d, cs in lost.items() if cs]
 
 @patch
-def arrays_of(self:Results, kind): # of a figure: "tour" or "gallery"
+def arrays_of(self: Results, kind): # of a figure: "tour" or "gallery"
     "What was stored for a figure, with its arrays"
     return [a | dict(arrays=self.store.load(a["stage"], a["key"])) for a in self.sheet["arrays"] if a["kind"] == kind]
 
 @patch(as_prop=True)
-def tour(self:Results): # values and arrays; None and None
+def tour(self: Results): # values and arrays; None and None
     return next(((a["values"], a["arrays"]) for a in self.arrays_of("tour")), (None, None))
 
 # %% ../../nbs/paper/report.ipynb #9dce39a0
 AVERAGES = dict(texture_avg=("brick", "grass", "gravel"), object_avg=("washer", "plug")) # of the mini set
 
-def groups_of(dataset:str, textures:bool=False) -> dict: # average -> categories
+def groups_of(dataset: str, textures: bool = False) -> dict: # average -> categories
     "The averages of a data set, those of textures and objects too if asked, and the categories they are taken over"
     paper = dict(texture_avg=published.TEXTURES, object_avg=published.OBJECTS)
     parts = dict(mini=AVERAGES, mvtec_ad=paper).get(dataset, {}) if textures else {}
@@ -118,7 +118,7 @@ def _pick(frame, row, dataset, over):
     "The lines of a row on some categories"
     return frame[(frame.row == row) & (frame.dataset == dataset) & frame.category.isin(np.atleast_1d(over))]
 
-def value(r:Results, row:str, metric:str, dataset:str, over) -> Value: # over: a category, or those of an average
+def value(r: Results, row: str, metric: str, dataset: str, over) -> Value: # over: a category, or those of an average
     "One number of a table: mean and deviation over seeds"
     every = () if isinstance(over, str) else over
     t = _pick(r.runs, row, dataset, over)
@@ -128,42 +128,42 @@ def value(r:Results, row:str, metric:str, dataset:str, over) -> Value: # over: a
     return Value(mean, std, len(w), tuple(w.columns) if w.size else (), every)
 
 # %% ../../nbs/paper/report.ipynb #37ed5740
-def training(r:Results, row:str, dataset:str, over) -> str: # over: as for `value`; "" if nothing is known
+def training(r: Results, row: str, dataset: str, over) -> str: # over: as for `value`; "" if nothing is known
     "What became of the training of a row's runs"
     return summary(_pick(r.runs, row, dataset, over).training) if "training" in r.runs else ""
 
-def finished(r:Results, row:str, base:str, metric:str, dataset:str, over) -> pd.DataFrame: # over: as for `value`
+def finished(r: Results, row: str, base: str, metric: str, dataset: str, over) -> pd.DataFrame: # over: as for `value`
     "The paired differences of two rows that are there, a line a category"
     d = _pick(r.differences, row, dataset, over)
     return d[(d.base == base) & (d.metric == metric)].dropna(subset="mean")
 
-def gain(r:Results, *pair) -> Interval|None: # pair: as for `finished`; per cent
+def gain(r: Results, *pair) -> Interval | None: # pair: as for `finished`; per cent
     "The paired difference of two rows with its 95 % interval"
     t = finished(r, *pair)
     return mean_interval([Interval(x.mean, x.low, x.high, .95, 1000) for x in t.itertuples()]) if len(t) else None
 
-def gain_text(r:Results, *pair) -> str: # pair: as for `finished`
+def gain_text(r: Results, *pair) -> str: # pair: as for `finished`
     "A paired difference as a cell; an average counts the differences that finished, not the runs"
     d, over = gain(r, *pair), pair[-1]
     lack = "" if isinstance(over, str) else coverage(set(finished(r, *pair).category), over)
     return "-" if d is None else interval(d.mean, d.low, d.high) + lack
 
 # %% ../../nbs/paper/report.ipynb #2b9c2859
-def printed_metrics(n:int) -> list: # of table n, 1-3
+def printed_metrics(n: int) -> list: # of table n, 1-3
     "The metrics that a table prints"
     return [m for m in ("image_auroc", "pixel_auroc") if m in set(published.table(n).metric)]
 
-def frame_of(rows:dict, names=None) -> pd.DataFrame: # rows: (index) -> (column, what) -> text; names: of the index
+def frame_of(rows: dict, names=None) -> pd.DataFrame: # rows: (index) -> (column, what) -> text; names: of the index
     "A table of text; a dash where nothing is"
     f = pd.DataFrame(list(rows.values())).fillna("-")
     f.columns = pd.MultiIndex.from_tuples(f.columns) if len(f.columns) else f.columns
     f.index = pd.MultiIndex.from_tuples(rows) if rows and isinstance(next(iter(rows)), tuple) else list(rows)
-    return f.rename_axis(names or [None]*f.index.nlevels)
+    return f.rename_axis(names or [None] * f.index.nlevels)
 
 def side_by_side(make): # make: function of `Results` that gives a frame
     "The frames of several profiles side by side; what the paper printed stands once"
     @wraps(make)
-    def frame(r:Results, **how):
+    def frame(r: Results, **how):
         "As `make`"
         frames = {x.sheet["profile"]: make(x, **how) for x in (r, *r.beside)}
         own = lambda f: f.loc[:, [c[-1] != "published" for c in f]]
@@ -172,7 +172,7 @@ def side_by_side(make): # make: function of `Results` that gives a frame
     return frame
 
 # %% ../../nbs/paper/report.ipynb #34e2d2da
-def lines(r:Results, every:bool=False): # every: all of the paper's, and the mini set's where it stands in
+def lines(r: Results, every: bool = False): # every: all of the paper's, and the mini set's where it stands in
     "Triples of a name, a data set and a category or those of an average: what there are runs of"
     mini = ["mini"] if r.sheet["mini"] else []
     for d in [published.table(int(r.target[-1])).dataset[0], *mini] if every else r.runs.dataset.unique():
@@ -193,7 +193,7 @@ def _ours(r, method, metrics, known, at):
 
 # %% ../../nbs/paper/report.ipynb #e658afec
 @side_by_side
-def comparison(r:Results) -> pd.DataFrame: # text; columns: (method, "published" | "ours" | ...)
+def comparison(r: Results) -> pd.DataFrame: # text; columns: (method, "published" | "ours" | ...)
     "Tables 1-3: published, ours, difference"
     n, out = int(r.target[-1]), {}
     t, metrics = published.table(n), printed_metrics(n)
@@ -210,7 +210,7 @@ def comparison(r:Results) -> pd.DataFrame: # text; columns: (method, "published"
 
 # %% ../../nbs/paper/report.ipynb #00893be7
 @side_by_side
-def gains(r:Results, base:str="frozen F", beyond:str="") -> pd.DataFrame: # beyond: a metric that the table lacks
+def gains(r: Results, base: str = "frozen F", beyond: str = "") -> pd.DataFrame: # beyond: a metric that the table lacks
     "Tables 1-3: paired differences with 95 % intervals, of a further metric its values too"
     metrics = [beyond] if beyond else printed_metrics(int(r.target[-1]))
     def cells(*at):
@@ -225,7 +225,7 @@ def gains(r:Results, base:str="frozen F", beyond:str="") -> pd.DataFrame: # beyo
     return frame_of({label(name): cells(*at) for name, *at in lines(r)})
 
 # %% ../../nbs/paper/report.ipynb #c6165174
-def shown(r:Results) -> list: # of `rows.Row`
+def shown(r: Results) -> list: # of `rows.Row`
     "The rows of an ablation, the frozen F once"
     printed = any(x.label and x.method == "frozen" for x in r.plan)
     return [x for x in r.plan if x.label or x.method != "frozen" or not printed]
@@ -245,12 +245,12 @@ def _setting(r, x, m, at):
 
 # %% ../../nbs/paper/report.ipynb #9b47ff3a
 @side_by_side
-def ablation(r:Results) -> pd.DataFrame: # of table4 to table9; text; columns: (metric, "published" | "ours" | ...)
+def ablation(r: Results) -> pd.DataFrame: # of table4 to table9; text; columns: (metric, "published" | "ours" | ...)
     "Tables 4-9: published, ours, differences; rows of our own below"
     at, out = (r.dataset, groups_of(r.dataset)["total_avg"]), {}
     columns = [label(k) for k, _ in next(x.label for x in r.plan if x.label)]
     for x in shown(r):
-        name = [label(v) for _, v in x.label] or [x.name] + [""]*(len(columns) - 1)
+        name = [label(v) for _, v in x.label] or [x.name] + [""] * (len(columns) - 1)
         row = out[tuple(name) if len(name) > 1 else name[0]] = {}
         for m in ("image_auroc", "pixel_auroc"):
             row |= {(label(m), k): v for k, v in _setting(r, x, m, at).items()}
@@ -277,12 +277,12 @@ def _paired(seeds):
             f"of {ONE_SEED[1]} simulated pages without any difference {ONE_SEED[0]} have such an interval without 0.")
 
 # %% ../../nbs/paper/report.ipynb #73f92e08
-def generator(r:Results) -> str: # "" if there are several
+def generator(r: Results) -> str: # "" if there are several
     "Where the pseudo-anomalies of all rows come from"
     by = {x.changes["generator"] for x in r.plan if x.method == "two_stage"}
     return dict(perlin="Perlin noise", cutpaste="CutPaste", nsa="NSA")[by.pop()] if len(by) == 1 else ""
 
-def notes(r:Results) -> list: # of texts
+def notes(r: Results) -> list: # of texts
     "Remarks beneath a table"
     s, by, there = r.sheet, generator(r), r.runs.columns[~r.runs.isna().all()]
     said = {
@@ -299,7 +299,7 @@ def notes(r:Results) -> list: # of texts
     return [_paired(len(s["seeds"])), *(text for text, on in said.items() if on), *map(str, audit)]
 
 # %% ../../nbs/paper/report.ipynb #31cebced
-def tidy(r:Results) -> pd.DataFrame: # dataset, category, row, metric, mean, std, seeds, categories, base, gain
+def tidy(r: Results) -> pd.DataFrame: # dataset, category, row, metric, mean, std, seeds, categories, base, gain
     "All numbers of a table in long form"
     others = [tidy(x).assign(profile=x.sheet["profile"]) for x in r.beside]
     out, bases = [], r.differences.base.unique()
@@ -313,11 +313,11 @@ def tidy(r:Results) -> pd.DataFrame: # dataset, category, row, metric, mean, std
     return pd.concat([pd.DataFrame(out), *others])
 
 # %% ../../nbs/paper/report.ipynb #fb151bc1
-def flat(frame:pd.DataFrame, by:str=" ") -> pd.DataFrame: # by: between the names of a column's levels
+def flat(frame: pd.DataFrame, by: str = " ") -> pd.DataFrame: # by: between the names of a column's levels
     "A table with one level of columns and its index as columns"
     join = lambda c: by.join(k for k in dict.fromkeys(map(str, np.atleast_1d(c))) if k)
     index = frame.index.to_frame(index=False)
-    index.columns = [k if isinstance(k, str) else " "*i for i, k in enumerate(frame.index.names)]
+    index.columns = [k if isinstance(k, str) else " " * i for i, k in enumerate(frame.index.names)]
     return pd.concat([index, frame.set_axis(map(join, frame), axis=1).reset_index(drop=True)], axis=1)
 
 def _typeset(frames, name, title, notes):
@@ -331,9 +331,9 @@ def _typeset(frames, name, title, notes):
 # %% ../../nbs/paper/report.ipynb #c3133dcf
 _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "✓": r"\checkmark{}", "Δ": r"$\Delta$"})
 
-def write_table(frames:dict, name:str, title:str, notes, out, numbers=None) -> list: # heading -> frame; paths
+def write_table(frames: dict, name: str, title: str, notes, out, numbers=None) -> list: # heading -> frame; paths
     "Write tables into `out`/tables as CSV (`numbers`, if there are any), Markdown, HTML and LaTeX"
-    folder, typeset, first = Path(out)/"tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
+    folder, typeset, first = Path(out) / "tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
     md = [f"{h}\n\n{flat(f).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
     texts = dict(csv=(first if numbers is None else numbers).to_csv(index=numbers is None),
                  md="\n\n".join([f"# {title}", *md, "\n".join(f"- {n}" for n in notes)]) + "\n",
@@ -342,8 +342,8 @@ def write_table(frames:dict, name:str, title:str, notes, out, numbers=None) -> l
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
-            with whole(folder/f"{name}.{suffix}") as part:
+            with whole(folder / f"{name}.{suffix}") as part:
                 part.write_text(text, encoding="utf-8")
     except OSError as e:
         raise BadInput(f"Cannot write into {folder}: {e.strerror}; choose another folder with --out.") from None
-    return [folder/f"{name}.{suffix}" for suffix in texts]
+    return [folder / f"{name}.{suffix}" for suffix in texts]

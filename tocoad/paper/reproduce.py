@@ -34,8 +34,8 @@ def parameters(
 # %% ../../nbs/paper/reproduce.ipynb #196ce951
 def check(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
-    budget_of:str|None=None, workers:str|None=None, # such as 40h; an address, or local:N
-    pairs=(), dry_run:bool=False, # as for `parameters`; nothing will be computed
+    budget_of: str | None = None, workers: str | None = None, # such as 40h; an address, or local:N
+    pairs=(), dry_run: bool = False, # as for `parameters`; nothing will be computed
 ) -> dict: # from `parameters`
     "BadInput if what is asked for does not fit together"
     o = every[0]
@@ -56,12 +56,12 @@ def check(
 # %% ../../nbs/paper/reproduce.ipynb #5a92eced
 def in_words(
     targets, o, # of `rows.TARGETS`; `plan.Options`
-    rates:dict, # from `plan.rates_from`; {}: those of the store
+    rates: dict, # from `plan.rates_from`; {}: those of the store
 ) -> str: # lines
     "What would be computed, and how long it takes"
     read = regenerate.needed(targets)
     f = regenerate.forecast(read, o, rates=rates)
-    span = lambda hours: f"about {hours:.1f} hours" if hours >= 1 else f"about {60*hours:.1f} minutes"
+    span = lambda hours: f"about {hours:.1f} hours" if hours >= 1 else f"about {60 * hours:.1f} minutes"
     known, how = "measured rates" if rates else "the times in the store", "from the count of operations"
     if f.measured.any() or rates:
         how = f"from {known}" if len(f) and f.measured.all() else f"partly from {known}, partly {how}"
@@ -79,8 +79,8 @@ def in_words(
 # %% ../../nbs/paper/reproduce.ipynb #c50c74fc
 def outlook(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
-    budget_of:str|None=None, rates=None, # such as 40h; bench.json of `tocoad bench gpu`
-    keep:str="all", # tensors
+    budget_of: str | None = None, rates=None, # such as 40h; bench.json of `tocoad bench gpu`
+    keep: str = "all", # tensors
 ) -> str: # lines
     "What would be computed, how long it takes, and what a budget would reach"
     rates = plan.rates_from(rates) if rates else {}
@@ -92,7 +92,7 @@ def outlook(
 # %% ../../nbs/paper/reproduce.ipynb #8e23345c
 @contextmanager
 def client(
-    address:str|None, # of a dask scheduler; local:N for N processes here; None: no client
+    address: str | None, # of a dask scheduler; local:N for N processes here; None: no client
 ): # yields `dask.distributed.Client` or None
     "Workers for the runs"
     if address is None:
@@ -116,8 +116,8 @@ def client(
 # %% ../../nbs/paper/reproduce.ipynb #bbc682c4
 def reproduce(
     targets, every, out, # of `rows.TARGETS`; `plan.Options` of each profile; folder of the reports
-    budget_of:str|None=None, workers:str|None=None, # as for `check`
-    keep:str="all", log=print, quiet:bool=False, extra=None, # see `sheets.compute`; from `parameters`
+    budget_of: str | None = None, workers: str | None = None, # as for `check`
+    keep: str = "all", log=print, quiet: bool = False, extra=None, # see `sheets.compute`; from `parameters`
 ) -> dict: # target -> list of what failed
     "Compute, as far as a budget goes, and draw"
     profiles = [o.profile for o in every]
@@ -128,6 +128,6 @@ def reproduce(
             for line in budget.in_words(budget.outlook(targets, every, seconds, {}), keep).splitlines():
                 log(line)
             there, left, failed = budget.spend(targets, every, seconds, them, keep, log)
-            log(f"{there} runs there, {left} left, {failed} failed" + "; the same command goes on"*bool(left))
+            log(f"{there} runs there, {left} left, {failed} failed" + "; the same command goes on" * bool(left))
         return regenerate.regenerate(targets, every[0], out, them, keep, log, quiet, extra or {}, tuple(profiles[1:]),
                                      stored=bool(budget_of))

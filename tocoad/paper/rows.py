@@ -71,8 +71,8 @@ PANEL = FROZEN, TWO_STAGE["Perlin"], ALONE, HALF, TWO_STAGE["CutPaste"], TWO_STA
 
 # %% ../../nbs/paper/rows.ipynb #e5e8d1fe
 def control(
-    row:Row,
-) -> Row|None: # None for a row that ToCoAD trains nothing for
+    row: Row,
+) -> Row | None: # None for a row that ToCoAD trains nothing for
     "The same forward passes at rate 0"
     if row.method == "contrastive":
         return Row("rate 0, C alone", (), changes({}) | dict(method="contrastive_control"))
@@ -106,8 +106,8 @@ def _systems(n):
     return [Row(name, (("method", name),) if name in printed else (), {}, system=key) for key, name in others]
 
 def rows(
-    target:str, # one of `TARGETS`
-    bn2:str="eval", # batch norm in stage II: with controls unless it is "eval"
+    target: str, # one of `TARGETS`
+    bn2: str = "eval", # batch norm in stage II: with controls unless it is "eval"
 ) -> tuple: # of `Row`, the frozen F first
     "The runs that a table needs"
     one_of(target, TARGETS, "a table or figure")
@@ -128,7 +128,7 @@ def _computed(r):
 
 def distinct(
     targets, # of `TARGETS`
-    bn2:str="eval", # as for `rows`
+    bn2: str = "eval", # as for `rows`
 ) -> set: # of texts, one for each configuration
     "The different configurations behind some tables and figures"
     return {_computed(r) for t in targets for r in rows(t, bn2)}

@@ -38,19 +38,19 @@ def _code(target, o):
     return [code_of(f) for f in functions] + [fingerprint(f"paper.{f}") for f in ("plan.wanted", "sheets.sheet")]
 
 def sheet_path(
-    target:str, # of `TARGETS`
-    o:Options,
-    store:Store,
+    target: str, # of `TARGETS`
+    o: Options,
+    store: Store,
 ) -> Path: # of a file that may not exist
     "Where the sheet of a target lies, named by all it depends on"
-    at = {g: folder and folder/g[1] for g, folder in places(target, o).items()}
+    at = {g: folder and folder / g[1] for g, folder in places(target, o).items()}
     here = [(*g, str(folder and folder.resolve()), folder and folder_state(folder)) for g, folder in at.items()]
     base = config(o.profile, **settings(o.settings))
     files = [(p, Path(p).stat().st_mtime_ns) for p in (base.weights,) if Path(p).is_file()]
     files += [folder_state(p) for p in (base.textures,) if p and Path(p).is_dir()]
     by, names = computed_by(base.precision, _kind(o.device)), [r.name for r in o.rows(target)]
     made_from = [target, o.profile, o.settings, o.seeds, o.categories, names, here, files, by, _code(target, o)]
-    return store.root/"sheets"/f"{target}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}.json"
+    return store.root / "sheets" / f"{target}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}.json"
 
 # %% ../../nbs/paper/sheets.ipynb #ba83eb8c
 def _on_the_way(out, last, t, row, seed):
@@ -58,10 +58,10 @@ def _on_the_way(out, last, t, row, seed):
     found = {k: out.get(last.get((k, t, row, seed))) for k in ("stage2", "curve")}
     said = {}
     if isinstance(found["stage2"], dict):
-        said["pull"] = 100*float(np.mean([e["share"] for e in found["stage2"]["values"]["log"]]))
+        said["pull"] = 100 * float(np.mean([e["share"] for e in found["stage2"]["values"]["log"]]))
     if isinstance(found["curve"], dict):
         seen = {m: [e[m] for e in found["curve"]["values"]["curve"] if e.get(m) is not None] for m in METRICS}
-        said |= {f"oracle_{m}": 100*max(v) for m, v in seen.items() if v}
+        said |= {f"oracle_{m}": 100 * max(v) for m, v in seen.items() if v}
     return said
 
 def _trained(out, last, t, row, seed):
@@ -90,13 +90,13 @@ def _enter(got, at, kind, names, end, r, what, t, o):
 
 def _percent(x):
     "A share in per cent"
-    return None if x is None else 100*x
+    return None if x is None else 100 * x
 
 # %% ../../nbs/paper/sheets.ipynb #66065b1f
 def sheet(
-    target:str, # of `TARGETS`
-    o:Options,
-    found:dict, # (data set, category) -> what `_group` gives, or the reason why there is nothing
+    target: str, # of `TARGETS`
+    o: Options,
+    found: dict, # (data set, category) -> what `_group` gives, or the reason why there is nothing
 ) -> dict: # ready for JSON
     "What came of a target"
     got = dict(sets=[], runs=[], differences=[], failed=[], arrays=[])
@@ -113,7 +113,7 @@ def sheet(
             _enter(got, at, kind, names, end, what[1][end], what, target, o)
         done = [r for end in ends.values() if not isinstance(r := what[1][end], str)]
         machines |= {json.dumps(r["hardware"]): r["versions"] for r in done}
-    due = 0 if target.startswith("figure") else len(o.rows(target))*len(o.seeds)*len(found)
+    due = 0 if target.startswith("figure") else len(o.rows(target)) * len(o.seeds) * len(found)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
                 mini=o.root is None and target != "panel", **got, versions=list(machines.values()), keys=sorted(keys),
                 hardware=[json.loads(m) for m in machines], left=due and due - len(got["runs"]) - len(got["failed"]),
@@ -123,13 +123,13 @@ def sheet(
 def _note(store, folder, c):
     "Where the store notes the fingerprint of a category's images"
     dataset, category = c.dataset, c.category
-    here = folder and folder/category
+    here = folder and folder / category
     at = [dataset, category, c.resize, c.shorter, c.mask, here and str(here.resolve()), here and folder_state(here)]
-    return store.root/"data"/f"{dataset}-{category}-{hashlib.sha256(json.dumps(at).encode()).hexdigest()[:16]}.json"
+    return store.root / "data" / f"{dataset}-{category}-{hashlib.sha256(json.dumps(at).encode()).hexdigest()[:16]}.json"
 
 def where(
     targets, # of `TARGETS`
-    o:Options, dataset:str, category:str, # a group of theirs
+    o: Options, dataset: str, category: str, # a group of theirs
 ) -> tuple: # for `compare.load_at`
     "Where a group's images lie and how they are read; a panel's layout is recognised"
     c = o.config(dataset, category, 0, FROZEN)
@@ -242,12 +242,12 @@ def _group(targets, o, dataset, category, store, device, workers, log, bar, quie
 # %% ../../nbs/paper/sheets.ipynb #443d6771
 def compute(
     targets, # of `TARGETS`
-    o:Options,
+    o: Options,
     workers=None, # a `dask.distributed.Client`; None: this process
-    keep:str="all", # "all" tensors, or "scores" only: networks and memories go when a category is done
+    keep: str = "all", # "all" tensors, or "scores" only: networks and memories go when a category is done
     log=lambda line: None, # told what happens, a line each
-    quiet:bool=True, # no progress bars
-    stored:bool=False, # compute no run: sheets of those that are stored
+    quiet: bool = True, # no progress bars
+    stored: bool = False, # compute no run: sheets of those that are stored
 ) -> dict: # target -> sheet
     "Compute what is missing of some targets and write their sheets"
     from tocoad.run import compare
@@ -268,7 +268,7 @@ def compute(
 
 # %% ../../nbs/paper/sheets.ipynb #ed8f1126
 def results(
-    target:str, # of `TARGETS`
+    target: str, # of `TARGETS`
     profile="smoke", # or several: the results of the others stand in `beside`
     **parameters, # root, seeds, categories, settings, store, device: see `options`
 ) -> Results:
@@ -286,4 +286,4 @@ def results(
 
 def _whole(made, store):
     "Whether the arrays that a figure draws are still there"
-    return all((store.root/a["stage"]/f"{a['key']}.safetensors").exists() for a in made["arrays"])
+    return all((store.root / a["stage"] / f"{a['key']}.safetensors").exists() for a in made["arrays"])

@@ -35,15 +35,15 @@ from tocoad.systems.tocoad import (
 
 # %% ../../nbs/paper/tour.ipynb #85fce1f3
 def _bytes(x):
-    return (x.detach().float().clamp(0, 1)*255).round().byte().cpu().numpy()
+    return (x.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
 def _half(x):
     return x.detach().cpu().numpy().astype(np.float16)
 
 @torch.no_grad()
 def perlin_steps(
     I, # normal image (1, 3, S, S) in [0, 1]
-    G:Perlin,
-    seed:int, # of the draw
+    G: Perlin,
+    seed: int, # of the draw
 ) -> dict: # images (3, S, S) and maps (S, S) on I's device
     "Figure 3: one draw of the Perlin generator, step by step"
     new, size = (lambda: torch.Generator().manual_seed(seed)), I.shape[-2:]
@@ -52,29 +52,29 @@ def perlin_steps(
     I_R, degrees = rotate(I, G.rotate, G.angle, G.fill, g)
     P = torch.stack([turned_noise(1, size, g, G.scales, I.device) for _ in range(G.count)]).amax(0)
     A = pick_textures(G.textures, 1, size, g).to(I.device)
-    slight = turn(I, degrees - 90*(degrees/90).round(), G.fill)
+    slight = turn(I, degrees - 90 * (degrees / 90).round(), G.fill)
     out = dict(I=I, I_slight=slight, I_R=I_R, P=P, M=P > G.threshold, A=A, I_G=I_G, y_G=y_G, degrees=degrees)
     return {k: v[0] for k, v in out.items()}
 
 # %% ../../nbs/paper/tour.ipynb #e01ec612
 def visible_draw(
     I, # normal image (1, 3, S, S) in [0, 1]
-    G:Perlin,
-    seed:int=0, # of the first draw
-    share:tuple=(.03, .15), # of the image
-    least:float=.2, # mean change of a pixel
-    tries:int=200,
+    G: Perlin,
+    seed: int = 0, # of the first draw
+    share: tuple = (.03, .15), # of the image
+    least: float = .2, # mean change of a pixel
+    tries: int = 200,
 ) -> tuple: # steps as from `perlin_steps`; dict of seed, share, change, beta, degrees
     "The first Perlin draw that shows well"
-    turned = G.angle/3 if G.rotate in ("both", "slight") else 0
+    turned = G.angle / 3 if G.rotate in ("both", "slight") else 0
     for s in range(seed, seed + tries):
         x = perlin_steps(I, G, s)
         moved, towards = ((x[k] - x["I_R"])[:, x["y_G"]] for k in ("I_G", "A"))
-        area, change = float(x["y_G"].float().mean()), float(moved.abs().sum()/max(moved.numel(), 1))
+        area, change = float(x["y_G"].float().mean()), float(moved.abs().sum() / max(moved.numel(), 1))
         degrees = float(x["degrees"])
-        if share[0] <= area <= share[1] and change >= least and abs(degrees - 90*round(degrees/90)) >= turned:
+        if share[0] <= area <= share[1] and change >= least and abs(degrees - 90 * round(degrees / 90)) >= turned:
             break
-    beta = 1 - float((moved*towards).sum()/towards.square().sum().clamp(min=1e-9))
+    beta = 1 - float((moved * towards).sum() / towards.square().sum().clamp(min=1e-9))
     return x, dict(seed=s, share=area, change=change, beta=beta, degrees=degrees)
 
 # %% ../../nbs/paper/tour.ipynb #69659a1a
@@ -85,9 +85,9 @@ def colours(
     X = torch.cat([m.detach().flatten(1).T for m in maps]).float().cpu()
     X = X - X.mean(0)
     V = torch.linalg.svd(X, full_matrices=False)[2][:3]
-    Y = X @ (V*V.gather(1, V.abs().argmax(1, keepdim=True)).sign()).T
+    Y = X @ (V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()).T
     lo, hi = Y.quantile(.01, dim=0), Y.quantile(.99, dim=0)
-    Y = _bytes(.1 + .8*((Y - lo)/(hi - lo).clamp(min=1e-9)).clamp(0, 1))
+    Y = _bytes(.1 + .8 * ((Y - lo) / (hi - lo).clamp(min=1e-9)).clamp(0, 1))
     parts = np.split(Y, np.cumsum([m[0].numel() for m in maps])[:-1])
     return [y.T.reshape(3, *m.shape[1:]) for y, m in zip(parts, maps, strict=True)]
 
@@ -107,12 +107,12 @@ def guide(
 def origin(
     bank, idx, # stored patches (M, d), where they stood among the training patches (M,)
     q, # one patch (d,)
-    side:int, # patches along a side
+    side: int, # patches along a side
 ) -> dict: # distance; number of the training image; row and column of the patch
     "The nearest stored patch and where it came from"
     d = (bank - q).norm(dim=1)
     j = int(d.argmin())
-    i, place = divmod(int(idx[j]), side*side)
+    i, place = divmod(int(idx[j]), side * side)
     return dict(distance=float(d[j]), image=i, place=list(divmod(place, side)))
 
 def cloud(
@@ -123,15 +123,15 @@ def cloud(
     both = torch.cat([X, Q]).double()
     both = both - both.mean(0)
     _, S, V = torch.linalg.svd(both, full_matrices=False)
-    flat = both @ (V[:2]*V[:2].gather(1, V[:2].abs().argmax(1, keepdim=True)).sign()).T
-    return flat[:len(X)], flat[len(X):], float(S[:2].square().sum()/S.square().sum())
+    flat = both @ (V[:2] * V[:2].gather(1, V[:2].abs().argmax(1, keepdim=True)).sign()).T
+    return flat[:len(X)], flat[len(X):], float(S[:2].square().sum() / S.square().sum())
 
 # %% ../../nbs/paper/tour.ipynb #97c9e516
 EDGES = np.linspace(-1, 9, 51)
 
 def patch_labels(
     masks, # bool (N, S, S)
-    grid:tuple, # (h, w)
+    grid: tuple, # (h, w)
 ) -> np.ndarray: # bool (N, h, w)
     "Patches more than half of which are anomalous"
     return (nnf.adaptive_avg_pool2d(masks[:, None].float(), grid)[:, 0] > .5).numpy()
@@ -154,7 +154,7 @@ def _shown(data, frozen_scores, c):
     found = np.flatnonzero(data.test.labels.numpy() & (area > 0))
     if not len(found):
         raise BadInput(f"{data.dataset}/{data.name} has no anomalous test image to show.")
-    return int(sorted(found, key=lambda i: frozen_scores[i].max())[(len(found) - 1)//2])
+    return int(sorted(found, key=lambda i: frozen_scores[i].max())[(len(found) - 1) // 2])
 
 def _tour_pictures(c, data, device, parts):
     "Figures 3 and 4: the generator's steps, more draws, two views"
@@ -181,9 +181,9 @@ def _tour_memory(c, data, F, store, Q, side, parts, n=24, most=1500):
     few = torch.linspace(0, len(data.train) - 1, min(n, len(data.train))).long()
     X = embed(F, data.train.images[few], c, parts).float().cpu().flatten(0, 1)
     k = torch.randperm(len(X), generator=stream(c.seed, "patches shown"))[:most]
-    patch = few[k//side**2]*side**2 + k % side**2
+    patch = few[k // side**2] * side**2 + k % side**2
     flat, q, shown = cloud(X[k], Q)
-    stored = torch.zeros(len(data.train)*side**2, dtype=torch.int32)
+    stored = torch.zeros(len(data.train) * side**2, dtype=torch.int32)
     stored[idx] = 1
     stored = stored.view(-1, side, side)
     return bank, idx, dict(shown=shown), dict(
@@ -193,7 +193,7 @@ def _tour_memory(c, data, F, store, Q, side, parts, n=24, most=1500):
 
 def _tour_query(c, data, bank, idx, Q, s, side):
     "Figure 5: the worst and an ordinary patch of the shown image, with the training patches they are compared with"
-    worst, usual = int(s.argmax()), int(np.argsort(s.flatten())[s.size//2])
+    worst, usual = int(s.argmax()), int(np.argsort(s.flatten())[s.size // 2])
     pairs = [origin(bank, idx, Q[p], side) | dict(patch=list(divmod(p, side))) for p in (worst, usual)]
     nearest = [crop(data.train.images[p["image"]], c.size).numpy() for p in pairs]
     return dict(worst=pairs[0], usual=pairs[1]), dict(nearest=np.stack(nearest))
@@ -228,26 +228,26 @@ def tour(c, data, got, parts, device, progress): # got: values and tensors of th
     D, loss, s, s_frozen = _fill(D, D0).eval(), _loss(c.loss, c, parts), s["patch_scores"], s_frozen["patch_scores"]
     k, side = _shown(data, s_frozen, c), s.shape[-1]
     steps, draw, arrays = _tour_pictures(c, data, device, parts)
-    I_G, y_G, I_t = steps["I_G"][None], steps["y_G"][None], to_float(crop(data.test.images[k:k+1].to(device), c.size))
+    I_G, y_G, I_t = steps["I_G"][None], steps["y_G"][None], to_float(crop(data.test.images[k:k + 1].to(device), c.size))
     for name, f in dict(frozen=F, tuned=tuned).items():
         said = guide(f, D, I_G, y_G, loss)
         draw[f"{name}_L_neg"] = said["L_neg"]
         arrays[f"{name}_y_hat"] = _half(said["y_hat"])
-        arrays |= {f"{name}_pull_{l}": _half(g/g.max().clamp(min=1e-12)) for l, g in enumerate(said["pull"], 1)}
-    Q = embed(tuned, data.test.images[k:k+1], c, parts)[0].float().cpu()
+        arrays |= {f"{name}_pull_{l}": _half(g / g.max().clamp(min=1e-12)) for l, g in enumerate(said["pull"], 1)}
+    Q = embed(tuned, data.test.images[k:k + 1], c, parts)[0].float().cpu()
     bank, idx, about, stored = _tour_memory(c, data, tuned, M, Q, side, parts)
     found, nearest = _tour_query(c, data, bank, idx, Q, s[k], side)
     values, scored = _tour_scores(c, data, s_frozen, s, k)
     values |= about | found | dict(
-        path=data.test.paths[k], defect=data.test.defects[k], train=len(data.train), patches=len(data.train)*side**2,
+        path=data.test.paths[k], defect=data.test.defects[k], train=len(data.train), patches=len(data.train) * side**2,
         kept=len(idx), draw=draw, pairs=run["pairs"])
     return values, arrays | stored | nearest | scored | _tour_features(F, tuned, I_G, I_t)
 
 # %% ../../nbs/paper/tour.ipynb #dbb27c23
 def tour_task(
-    cfg:Config, # category, seed; both methods are run
-    data:Category,
-    parts:dict|None=None, # component -> object to use instead
+    cfg: Config, # category, seed; both methods are run
+    data: Category,
+    parts: dict | None = None, # component -> object to use instead
     device="cpu", # that computes it
 ) -> Task:
     "The task of a tour, after both stages and both memories"

@@ -15,33 +15,33 @@ MOVED = 1. # points between the best epoch and the last
 def least_kept(layers): # as for `became`
     "What the layer that shrank most kept of its spread"
     first, last = layers[0], layers[-1]
-    return min(last[k]/first[k] for k in first if first[k] > 0)
+    return min(last[k] / first[k] for k in first if first[k] > 0)
 
 def _scores(curve): # per cent
     name = next((m for m in ("aupro", "pixel_auroc", "image_auroc") if curve and curve[0].get(m) is not None), None)
-    return [100*e[name] for e in curve if e[name] is not None] if name else []
+    return [100 * e[name] for e in curve if e[name] is not None] if name else []
 
 # %% ../../nbs/paper/training.ipynb #1cbe8989
 def became(
-    log:list, # of stage II: a dict an epoch, with L_sym and lr
+    log: list, # of stage II: a dict an epoch, with L_sym and lr
     layers=(), # spread of F's layers before stage II and after each epoch, dicts
     curve=(), # metrics in [0, 1] of copies of F on the way: dicts with epoch, from `systems.tocoad.curve`
-    printed:bool=False, # L_sym is Eq. 5 as printed, twice the mean
-) -> str|None: # None: too few epochs to say
+    printed: bool = False, # L_sym is Eq. 5 as printed, twice the mean
+) -> str | None: # None: too few epochs to say
     "What became of a training run: rate 0, did not learn, collapsed, too long, too short, or learned"
     if len(log) < LEAST:
         return None
     if not any(e["lr"] for e in log):
         return "rate 0"
-    end = [e["L_sym"]/(2 if printed else 1) for e in log[-len(log)//10:]]
+    end = [e["L_sym"] / (2 if printed else 1) for e in log[-len(log) // 10:]]
     if layers and least_kept(layers) < COLLAPSED:
         return "collapsed"
-    if sum(end)/len(end) > -LEARNED:
+    if sum(end) / len(end) > -LEARNED:
         return "did not learn"
     scores = _scores(curve)
     if not scores:
         return "learned"
-    early = scores[:2*len(scores)//3]
+    early = scores[:2 * len(scores) // 3]
     if early and max(early) - scores[-1] > MOVED:
         return "too long"
     if early and scores[-1] == max(scores) and scores[-1] - early[-1] > MOVED:

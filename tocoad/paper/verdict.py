@@ -66,7 +66,7 @@ class Measured:
     differences: dict # (row, base, metric) -> `Interval`, the mean over categories
     lacking: str # "" if nothing is
 
-def measure(claim:Claim, r) -> Measured: # r: `Results` of the claim's table
+def measure(claim: Claim, r) -> Measured: # r: `Results` of the claim's table
     "A claim's differences in our runs"
     d = "mini" if r.sheet["mini"] else claim.sets
     every = groups_of(d)["total_avg"]
@@ -81,28 +81,28 @@ def measure(claim:Claim, r) -> Measured: # r: `Results` of the claim's table
     why = [f"{', '.join(map(label, sorted(bad)))} failed"] if bad else []
     why += [f"{', '.join(map(label, gone))} not there"] if 0 < len(gone) < 4 else []
     of = "categories of the mini set" if d == "mini" else "categories"
-    part = f"{len(done)} of {len(every)} {of}, {seeds} seed{'s'*(seeds != 1)}"
+    part = f"{len(done)} of {len(every)} {of}, {seeds} seed{'s' * (seeds != 1)}"
     whole = d != "mini" and len(done) == len(every) and seeds >= LEAST
     return Measured(found, "" if whole else "; ".join([part, *why]))
 
 # %% ../../nbs/paper/verdict.ipynb #f668a750
 def p_value(
-    d:Interval,
-    sign:int, # 1: above 0, -1: below
+    d: Interval,
+    sign: int, # 1: above 0, -1: below
 ) -> float: # one-sided; 1 where the interval does not exclude 0 on that side
     "How rarely a difference of 0 would come out so far on one side"
-    if not d.excludes_zero or d.mean*sign <= 0:
+    if not d.excludes_zero or d.mean * sign <= 0:
         return 1.
     side = d.mean - d.low if sign > 0 else d.high - d.mean
-    return float(norm.sf(norm.ppf((1 + d.level)/2)*abs(d.mean)/side)) if side > 0 else 0.
+    return float(norm.sf(norm.ppf((1 + d.level) / 2) * abs(d.mean) / side)) if side > 0 else 0.
 
 def holm(
     p, # p-values
-    level:float=.05, # of pages with a hypothesis rejected that is true
+    level: float = .05, # of pages with a hypothesis rejected that is true
 ) -> np.ndarray: # bool
     "Which hypotheses are rejected (Holm's step-down)"
     order = np.argsort(p)
-    stands = np.asarray(p)[order] > level/np.arange(len(p), 0, -1)
+    stands = np.asarray(p)[order] > level / np.arange(len(p), 0, -1)
     out = np.zeros(len(p), bool)
     out[order[:stands.argmax() if stands.any() else len(p)]] = True
     return out
@@ -110,20 +110,20 @@ def holm(
 # %% ../../nbs/paper/verdict.ipynb #fe7e68be
 def decide(
     page, # pairs of `Claim` and `Measured`
-    level:float=.05, # of pages with a false verdict
+    level: float = .05, # of pages with a false verdict
 ) -> list: # of texts: holds, fails, cannot be told (...), open (...)
     "The verdicts of a whole page"
-    worst = lambda c, m, s: max(p_value(d, s*c.sign) for d in m.differences.values())
+    worst = lambda c, m, s: max(p_value(d, s * c.sign) for d in m.differences.values())
     p = [1. if m.lacking else worst(c, m, s) for c, m in page for s in (1, -1)]
     words = []
     for (c, m), (holds, fails) in zip(page, holm(p, level).reshape(-1, 2), strict=True):
-        sides = [np.sign(d.mean)*c.sign*d.excludes_zero for d in m.differences.values()]
+        sides = [np.sign(d.mean) * c.sign * d.excludes_zero for d in m.differences.values()]
         told = f"cannot be told ({sides.count(1)} right, {sides.count(-1)} wrong, {sides.count(0)} hold 0)"
         words.append(f"open ({m.lacking})" if m.lacking else "holds" if holds else "fails" if fails else told)
     return words
 
 # %% ../../nbs/paper/verdict.ipynb #5a8712e4
-def printed(claim:Claim) -> list: # of differences, points
+def printed(claim: Claim) -> list: # of differences, points
     "The claim's differences in the paper's own numbers, where it prints both rows"
     def said(row, m): # a row's name, a metric
         "A row's published mean, the frozen F's from Table 5"
@@ -136,7 +136,7 @@ def printed(claim:Claim) -> list: # of differences, points
     return [a - b for a, b in both if None not in (a, b)]
 
 # %% ../../nbs/paper/verdict.ipynb #85884bcb
-def verdicts(results:dict) -> pd.DataFrame: # results: number of a table -> its `Results`; text, a row a claim
+def verdicts(results: dict) -> pd.DataFrame: # results: number of a table -> its `Results`; text, a row a claim
     "Every claim with the paper's own differences, ours, and a verdict"
     page = [(c, measure(c, results[c.table])) for c in claims()]
     out = []
@@ -145,14 +145,14 @@ def verdicts(results:dict) -> pd.DataFrame: # results: number of a table -> its 
         few = "; ".join(f"{k[2][0].upper()} {interval(v.mean, v.low, v.high)}" for k, v in m.differences.items())
         many = f"mean {np.mean([v.mean for v in ours] or [0]):+.2f} over {len(ours)}"
         on = "mini" if results[c.table].sheet["mini"] else c.sets
-        right = f"{sum(x*c.sign > 0 for x in d)} of {len(d)}" if d else "not printed"
+        right = f"{sum(x * c.sign > 0 for x in d)} of {len(d)}" if d else "not printed"
         out.append({"table": c.table, "claim": f"{label(on)}: {c.text}", "first row is": SIDES[c.sign],
                     "printed differences on that side": right, "ours, points": few if len(ours) < 3 else many,
                     "verdict": word})
     return pd.DataFrame(out).set_index(["table", "claim"])
 
 # %% ../../nbs/paper/verdict.ipynb #1c000930
-def points(results:dict) -> dict: # results: as for `verdicts`; metric -> {"": claim -> `Interval` or None}
+def points(results: dict) -> dict: # results: as for `verdicts`; metric -> {"": claim -> `Interval` or None}
     "For a forest: the claims that rest on one pair of rows"
     out = {m: {} for m in ("image_auroc", "pixel_auroc")}
     for c, m in ((c, measure(c, results[c.table]).differences) for c in claims() if len(c.pairs) == 1):

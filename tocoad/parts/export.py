@@ -38,7 +38,7 @@ def _content(about, tensors):
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 def save(
-    detector:Detector, path, # and the model file; an older detector there is replaced
+    detector: Detector, path, # and the model file; an older detector there is replaced
 ) -> Path:
     "Write the detector as one safetensors file"
     path, kind = Path(path), None
@@ -60,7 +60,7 @@ def save(
 
 # %% ../../nbs/parts/3_export.ipynb #7d973c2c
 def load(
-    path, device:str|None=None, # written by `save`; None: a GPU if there is one
+    path, device: str | None = None, # written by `save`; None: a GPU if there is one
 ) -> Detector:
     "Read a detector; BadInput says why not"
     device = find_device(device)
@@ -107,13 +107,13 @@ class ToScores(nn.Module):
     def forward(self, patches):
         "Distances to the bank"
         q = patches.flatten(0, 1)                                            # (B P, d)
-        idx = (self.sq - 2*(q - self.mu) @ self.c.T).topk(self.k, largest=False).indices
+        idx = (self.sq - 2 * (q - self.mu) @ self.c.T).topk(self.k, largest=False).indices
         E = (q[:, None] - self.bank[idx]).square().sum(-1).sqrt()            # (B P, k)
         s, best = E.min(1)                                                   # Eq. 8
         if self.near is not None:
             N = self.near[idx.gather(1, best[:, None])[:, 0]]                # N_b(c*)
             E = (q[:, None] - self.bank[N]).square().sum(-1).sqrt()
-            s = (1 - torch.exp(s - E.logsumexp(-1)))*s                       # Eq. 9
+            s = (1 - torch.exp(s - E.logsumexp(-1))) * s                       # Eq. 9
         return (s := s.unflatten(0, patches.shape[:2])), s.amax(1)
 
 # %% ../../nbs/parts/3_export.ipynb #39cf096d
@@ -124,7 +124,7 @@ def ask_for_onnx():
 
 # %% ../../nbs/parts/3_export.ipynb #5b90a3c7
 def export_onnx(
-    detector:Detector, folder, # and where the two files go
+    detector: Detector, folder, # and where the two files go
 ) -> tuple: # their paths
     "The detector as two ONNX files: images to patches, patches to scores"
     ask_for_onnx()
@@ -135,7 +135,7 @@ def export_onnx(
         features=(ToPatches(detector), ["images"], ["patches"]),
         scorer=(ToScores(detector), ["patches"], ["patch_scores", "image_scores"]))
     for name, (module, inputs, outputs) in halves.items():
-        files.append(folder/f"{name}.onnx")
+        files.append(folder / f"{name}.onnx")
         with whole(files[-1]) as aside, warnings.catch_warnings(action="ignore"), torch.no_grad():
             program = torch.onnx.export(
                 module, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),

@@ -57,31 +57,31 @@ def find_images(
 # %% ../../nbs/parts/1_fit.ipynb #afd6ebb7
 def hash_order(
     names, # any texts
-    seed:int=0, # another seed, another order
+    seed: int = 0, # another seed, another order
 ) -> list: # the same names
     "Names in the order of their SHA-256"
     return sorted(names, key=lambda n: hashlib.sha256(f"{seed} {n}".encode(errors="surrogateescape")).digest())
 
 # %% ../../nbs/parts/1_fit.ipynb #a7b09b90
 def rank(
-    n:int, quantile:float=.95, # held-out good images; share of good images that should pass
+    n: int, quantile: float = .95, # held-out good images; share of good images that should pass
 ) -> int: # k, from 1 to n
     "Which of n sorted scores becomes the threshold"
-    return min(n, math.ceil(quantile*(n + 1) - 1e-9))
+    return min(n, math.ceil(quantile * (n + 1) - 1e-9))
 
 def false_alarms(
-    n:int, k:int, # held-out good images; rank of the threshold among them
+    n: int, k: int, # held-out good images; rank of the threshold among them
 ) -> tuple: # expected share of good images above it, and its bound in 95 of 100 draws
     "What can be said of the false alarms of a threshold"
-    return (n + 1 - k)/(n + 1), float(beta.ppf(.95, n + 1 - k, k))
+    return (n + 1 - k) / (n + 1), float(beta.ppf(.95, n + 1 - k, k))
 
 # %% ../../nbs/parts/1_fit.ipynb #ea3cb0ab
 def decoded(
     names, read, # any iterable, taken only as far as needed; name -> what was read, may raise BadInput
-    window:int=64, # pictures under way at most
+    window: int = 64, # pictures under way at most
 ): # yields (name, what was read or BadInput), in order
     "Read pictures in threads, a bounded number ahead"
-    with ThreadPoolExecutor(min(16, 2*(os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         jobs = ((name, pool.submit(read, name)) for name in names)
         waiting = deque(islice(jobs, window))
         while waiting:
@@ -92,13 +92,13 @@ def decoded(
 # %% ../../nbs/parts/1_fit.ipynb #8ace5195
 def _oddities(sizes, modes, size):
     "What is unusual about a folder's images, by their (width, height) and Pillow's modes; a line each"
-    n, aspects, to = len(sizes), [w/h for w, h in sizes], f"squeezed to {size} x {size} pixels"
+    n, aspects, to = len(sizes), [w / h for w, h in sizes], f"squeezed to {size} x {size} pixels"
     low, high, small = min(aspects), max(aspects), sum(min(s) < size for s in sizes)
     grey = sum(m[0] == "I" or m in ("1", "L", "LA") for m in modes)
     said = {
         f"width / height goes from {low:.2f} to {high:.2f}, and all are {to}: crop the parts to one shape":
-            high > 1.1*low,
-        f"images are not square (width / height {low:.2f}): they are {to}": high <= 1.1*low and not .95 < low < 1.05,
+            high > 1.1 * low,
+        f"images are not square (width / height {low:.2f}): they are {to}": high <= 1.1 * low and not .95 < low < 1.05,
         "all images are grey: they are read as three equal channels": grey == n,
         f"{grey} of {n} images are grey and the others in colour: take one kind of camera": 0 < grey < n,
         f"{small} of {n} images are smaller than {size} x {size} pixels: enlarging adds no detail": small}
@@ -107,7 +107,7 @@ def _oddities(sizes, modes, size):
 # %% ../../nbs/parts/1_fit.ipynb #c166263c
 LEAST = 5 # good images, copies not counted
 
-def _many(n, what): return f"{n:,} {what}{'s'*(n != 1)}"
+def _many(n, what): return f"{n:,} {what}{'s' * (n != 1)}"
 
 def _readable(folder, what):
     "The folder; BadInput if there is none"
@@ -123,13 +123,13 @@ def _origin(start, device):
 
 # %% ../../nbs/parts/1_fit.ipynb #f35f9484
 def read_good(
-    good, size:int=224, # folder of good parts; side they are squeezed to
-    most:int=2000, seed:int=0, # images read at most; of the order
-    progress:bool=False,
+    good, size: int = 224, # folder of good parts; side they are squeezed to
+    most: int = 2000, seed: int = 0, # images read at most; of the order
+    progress: bool = False,
 ) -> tuple: # uint8 (N, 3, size, size) in the hash's order, without copies; names; facts; notes
     "The good images of a folder"
     found = hash_order(find_images(_readable(good, "of good parts")), seed)
-    names, read = found[:most], lambda n: read_image(Path(good)/n, size)
+    names, read = found[:most], lambda n: read_image(Path(good) / n, size)
     got = [x for _, x in tqdm(decoded(names, read), "read", len(names), leave=False, disable=not progress)]
     if bad := [x for x in got if isinstance(x, BadInput)]:
         raise BadInput(f"{len(bad)} of {_many(len(names), 'good image')} cannot be read, first this: {bad[0]}")
@@ -138,7 +138,7 @@ def read_good(
         raise BadInput(f"{good} holds {_many(len(found), 'image')} ({len(keep)} different): give a folder with "
                        f"at least {LEAST} good parts ({', '.join(sorted(SUFFIXES))}), better 100")
     arrays, sizes, modes = zip(*got, strict=True)
-    copies, aspects, notes = len(names) - len(keep), [w/h for w, h in sizes], _oddities(sizes, modes, size)
+    copies, aspects, notes = len(names) - len(keep), [w / h for w, h in sizes], _oddities(sizes, modes, size)
     if len(names) < len(found):
         notes.append(f"{len(found):,} good images were found and {most:,} of them used; raise most to use more")
     if copies:
@@ -166,7 +166,7 @@ class Detector:
         "The distance of every patch to the memory (Eq. 8 or 9)"
         with torch.no_grad():
             s = SCORERS[self.cfg.scorer](self.memory, embed_batch(self.F, images, self.cfg), self.cfg.b)
-        return s.float().cpu().unflatten(1, (math.isqrt(s.shape[1]),)*2)
+        return s.float().cpu().unflatten(1, (math.isqrt(s.shape[1]),) * 2)
 
     def maps(self, patch_scores): # (N, h, w) -> (N, size, size)
         "Anomaly maps from patch scores"
@@ -174,14 +174,14 @@ class Detector:
 
 # %% ../../nbs/parts/1_fit.ipynb #c324bbea
 def calibrate(
-    detector:Detector, # without a threshold yet
+    detector: Detector, # without a threshold yet
     images, names, # good ones that the memory does not know, uint8 (n, 3, size, size); theirs
-    quantile:float=.95, # share of good images that should pass
+    quantile: float = .95, # share of good images that should pass
 ) -> dict: # threshold, limit, low, rank, false alarms, the highest held-out images
     "Threshold and colours from held-out good images; sets `held`"
     s = halving(detector.patch_scores, images, 32)[0]
     scores, maps, k = s.flatten(1).amax(1), detector.maps(s), rank(len(s), quantile)
-    above = lambda x: float(x.sort().values[k - 1].double()*(1 + 1e-5))
+    above = lambda x: float(x.sort().values[k - 1].double() * (1 + 1e-5))
     low, order = float(maps.flatten().median()), scores.argsort(descending=True)
     detector.held = scores.sort().values
     return dict(threshold=above(scores), limit=max(above(maps.flatten(1).amax(1)), low + 1e-6), low=low,
@@ -190,17 +190,17 @@ def calibrate(
 
 # %% ../../nbs/parts/1_fit.ipynb #9deac5e3
 def fit(
-    good, cfg:Config, # folder of good parts, searched with its sub-folders; `config("laptop")`, or a change of it
-    stages:str="none", # "none": frozen F; "both": F tuned by the paper's two stages
-    quantile:float=.95, held_out:float=.2, # share of good parts that should pass; that only sets the threshold
-    most:int=2000, # good images used at most
-    device:str|None=None, progress:bool=True, # None: a GPU if there is one
+    good, cfg: Config, # folder of good parts, searched with its sub-folders; `config("laptop")`, or a change of it
+    stages: str = "none", # "none": frozen F; "both": F tuned by the paper's two stages
+    quantile: float = .95, held_out: float = .2, # share of good parts that should pass; that only sets the threshold
+    most: int = 2000, # good images used at most
+    device: str | None = None, progress: bool = True, # None: a GPU if there is one
 ) -> Detector:
     "A detector from a folder of good parts"
     start, device = time.perf_counter(), find_device(device)
     cfg = own(cfg, good, stages, quantile, held_out, most)
     images, names, facts, notes = read_good(good, cfg.size, most, cfg.seed, progress)
-    n = min(max(1, round(held_out*len(images))), len(images) - 2)
+    n = min(max(1, round(held_out * len(images))), len(images) - 2)
     F, log = train(cfg, images[n:].to(device), cfg.method, progress)
     X = embed(F, images[n:], cfg).flatten(0, 1)
     idx = coreset(X, cfg.coreset, project=cfg.project, starts=cfg.starts, generator=stream(cfg.seed, "coreset"))
@@ -215,8 +215,8 @@ def fit(
 
 # %% ../../nbs/parts/1_fit.ipynb #cafdb342
 def own(
-    cfg:Config, good, # any; folder of good parts, which gives the name
-    stages:str="none", quantile:float=.95, held_out:float=.2, most:int=2000, # as for `fit`
+    cfg: Config, good, # any; folder of good parts, which gives the name
+    stages: str = "none", quantile: float = .95, held_out: float = .2, most: int = 2000, # as for `fit`
 ) -> Config:
     "The settings for own parts: the whole image is squeezed, nothing is cropped"
     one_of(stages, ("none", "both"), "stages")
@@ -232,18 +232,18 @@ def own(
     return cfg.replace(dataset="own", category=names[-1], resize=cfg.size, method=method)
 
 def _few(n, about):
-    need = math.ceil(about["quantile"]/(1 - about["quantile"]) - 1e-9)
+    need = math.ceil(about["quantile"] / (1 - about["quantile"]) - 1e-9)
     return [f"only {_many(n, 'good image')} held out: their largest score is the threshold, so about "
-            f"{about['false_alarms'][0]:.1%} of good parts will lie above it; the quantile needs {need:,}"]*(n < need)
+            f"{about['false_alarms'][0]:.1%} of good parts will lie above it; the quantile needs {need:,}"] * (n < need)
 
 # %% ../../nbs/parts/1_fit.ipynb #a0f22104
 @patch
-def text(self:Detector):
+def text(self: Detector):
     "What one should know of a detector, a line each"
     a, c, i, (mean, bound) = self.about, self.cfg, self.about["images"], self.about["false_alarms"]
     facts = {
         "good parts": f"{i['train']} in the memory, {i['held_out']} held out"
-                      + f", {i['copies']} copies left out"*(i["copies"] > 0),
+                      + f", {i['copies']} copies left out" * (i["copies"] > 0),
         "features": f"{c.backbone}, {'frozen' if a['stages'] == 'none' else 'tuned by both stages'}, "
                     f"{c.size} x {c.size} pixels, profile {c.profile}",
         "memory": f"{i['kept']:,} of {i['patches']:,} patches x {self.memory.bank.shape[1]} numbers",
@@ -255,4 +255,4 @@ def text(self:Detector):
                       *(f"note: {n}" for n in a["notes"])])
 
 @patch
-def _repr_markdown_(self:Detector): return f"```\n{self.text()}\n```"
+def _repr_markdown_(self: Detector): return f"```\n{self.text()}\n```"

@@ -35,7 +35,7 @@ from ..run.store import write_json
 # %% ../../nbs/parts/2_score.ipynb #9127c33b
 def scored(
     items, # yields (name, uint8 array (3, S, S) or BadInput)
-    f, batch:int=32, # uint8 tensor (n, 3, S, S) -> patch scores (n, h, w); images at once
+    f, batch: int = 32, # uint8 tensor (n, 3, S, S) -> patch scores (n, h, w); images at once
 ) -> list: # (name, score, or None, reason), worst first
     "The largest patch score of each image of a stream"
     rows, items, fits = [], iter(items), batch
@@ -50,59 +50,60 @@ def scored(
 
 # %% ../../nbs/parts/2_score.ipynb #b7fb9e38
 def overlay(
-    im:Image.Image, heat, # the picture, any size and mode; its map (S, S)
-    low:float, limit:float, # no colour: the median of good maps; outlined: what good maps do not exceed
-    most:int=768, least:int=256, # longest side, pixels; small pictures are enlarged to it
+    im: Image.Image, heat, # the picture, any size and mode; its map (S, S)
+    low: float, limit: float, # no colour: the median of good maps; outlined: what good maps do not exceed
+    most: int = 768, least: int = 256, # longest side, pixels; small pictures are enlarged to it
 ) -> Image.Image: # RGB
     "A picture with its anomaly map in the unit of good images"
     im = rgb(im)
-    f = min(most, max(least, max(im.size)))/max(im.size)
+    f = min(most, max(least, max(im.size))) / max(im.size)
     if f != 1:
-        im = im.resize([max(1, round(f*s)) for s in im.size], Image.Resampling.LANCZOS)
+        im = im.resize([max(1, round(f * s)) for s in im.size], Image.Resampling.LANCZOS)
     v = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(im.size, Image.Resampling.BILINEAR))
-    u = np.clip((v - low)/(2*limit - low), 0, 1)
-    colour, alpha = matplotlib.colormaps["inferno"](.25 + .75*u)[..., :3]*255, np.clip(1.6*u - .16, 0, .62)[..., None]
-    out = np.asarray(im)*(1 - alpha) + colour*alpha
+    u = np.clip((v - low) / (2 * limit - low), 0, 1)
+    colour = matplotlib.colormaps["inferno"](.25 + .75 * u)[..., :3] * 255
+    alpha = np.clip(1.6 * u - .16, 0, .62)[..., None]
+    out = np.asarray(im) * (1 - alpha) + colour * alpha
     beyond = v > limit
-    out[beyond & ~binary_erosion(beyond, iterations=max(1, max(im.size)//320), border_value=0)] = (0, 255, 200)
+    out[beyond & ~binary_erosion(beyond, iterations=max(1, max(im.size) // 320), border_value=0)] = (0, 255, 200)
     return Image.fromarray(out.round().astype(np.uint8))
 
 # %% ../../nbs/parts/2_score.ipynb #f5b6bddc
 def contact_sheet(
-    tiles, side:int=240, # (picture, score / threshold, name) each; of a picture, pixels
+    tiles, side: int = 240, # (picture, score / threshold, name) each; of a picture, pixels
 ) -> Image.Image:
     "Pictures on one page, four in a row"
-    wide, tall = side + 8, side + side//8 + 8
-    font = ImageFont.truetype(findfont("DejaVu Sans"), side//17)
-    page = Image.new("RGB", (min(4, len(tiles))*wide + 8, -(-len(tiles)//4)*tall + 8), "white")
+    wide, tall = side + 8, side + side // 8 + 8
+    font = ImageFont.truetype(findfont("DejaVu Sans"), side // 17)
+    page = Image.new("RGB", (min(4, len(tiles)) * wide + 8, -(-len(tiles) // 4) * tall + 8), "white")
     pen = ImageDraw.Draw(page)
     for i, (im, ratio, name) in enumerate(tiles):
-        x, y = 8 + i % 4*wide, 8 + i//4*tall
-        page.paste(ImageOps.pad(im, (side, side), color="white"), (x, y + side//8))
+        x, y = 8 + i % 4 * wide, 8 + i // 4 * tall
+        page.paste(ImageOps.pad(im, (side, side), color="white"), (x, y + side // 8))
         pen.text((x, y + 4), f"{ratio:.2f} x", "#c0143c" if ratio > 1 else "#2b6cb0", font)
-        pen.text((x + side//4, y + 4), printable(name)[-22:], "#444444", font)
+        pen.text((x + side // 4, y + 4), printable(name)[-22:], "#444444", font)
     return page
 
 # %% ../../nbs/parts/2_score.ipynb #bfcf3abe
 MARK, COLUMNS = "tocoad score", ("rank", "path", "score", "threshold", "ratio", "decision", "heat_map", "note")
 
 def earlier(
-    out:Path, # folder of results
+    out: Path, # folder of results
 ) -> list: # paths
     "The pictures of an earlier run; BadInput if results of something else are there"
     with suppress(OSError, ValueError, TypeError, LookupError):
-        known = json.loads((out/"summary.json").read_text(encoding="utf-8"))
+        known = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if known["what"] == MARK:
-            return [out/"worst.png", *(out/"maps"/Path(n).name for n in known["heat_maps"])]
+            return [out / "worst.png", *(out / "maps" / Path(n).name for n in known["heat_maps"])]
     for name in ("scores.csv", "worst.png", "summary.json"):
-        if os.path.lexists(out/name):
-            raise BadInput(f"{out/name} was not written by `tocoad score`: give another folder, or move it away")
+        if os.path.lexists(out / name):
+            raise BadInput(f"{out / name} was not written by `tocoad score`: give another folder, or move it away")
     return []
 
 # %% ../../nbs/parts/2_score.ipynb #29db9ad6
 @contextmanager
 def results(
-    out:Path, # folder; may hold an earlier run's results
+    out: Path, # folder; may hold an earlier run's results
 ): # yields a folder to write in
     "New results aside; they replace those of an earlier run when the block ends well"
     earlier(out)
@@ -112,11 +113,11 @@ def results(
             Path(aside, "maps").mkdir()
             yield Path(aside)
             made = [p for p in Path(aside).rglob("*") if p.is_file()]
-            (out/"maps").mkdir(exist_ok=True)
+            (out / "maps").mkdir(exist_ok=True)
             for path in earlier(out):
                 path.unlink(missing_ok=True)
             for path in sorted(made, key=lambda p: p.name != "summary.json"): # which names the others, if stopped here
-                os.replace(path, out/path.relative_to(aside))
+                os.replace(path, out / path.relative_to(aside))
     except OSError as e:
         raise BadInput(f"cannot write into {out} ({e.strerror or e}): make room, or give another folder") from None
 
@@ -128,12 +129,12 @@ def _write_scores(rows, path, threshold, heat_maps):
         out.writerow(COLUMNS)
         for i, (name, s, why) in enumerate(rows, 1):
             what = "unreadable" if s is None else "defect" if s > threshold else "good"
-            rank, score, ratio = ("", "", "") if s is None else (i, f"{s:.6g}", f"{s/threshold:.4f}")
+            rank, score, ratio = ("", "", "") if s is None else (i, f"{s:.6g}", f"{s / threshold:.4f}")
             out.writerow([rank, name, score, t, ratio, what, heat_maps.get(name, ""), why])
 
 # %% ../../nbs/parts/2_score.ipynb #675ec23a
 def heat_map(
-    detector:Detector, path, # an image file
+    detector: Detector, path, # an image file
 ) -> Image.Image: # RGB
     "A picture with its anomaly map"
     pixels = torch.tensor(read_image(path, detector.cfg.size)[0])[None]
@@ -145,12 +146,12 @@ def _draw_worst(detector, images, rows, aside):
     files, tiles = {}, []
     for i, (name, s, _) in enumerate(rows, 1):
         with suppress(BadInput): # unreadable, or gone since it was scored
-            im = heat_map(detector, images/name)
+            im = heat_map(detector, images / name)
             files[name] = f"maps/{i:04}_" + re.sub(r"[^\w.-]+", "_", Path(name).stem)[:50] + ".png"
-            im.save(aside/files[name], compress_level=1)
-            tiles.append((im, s/detector.threshold, name))
+            im.save(aside / files[name], compress_level=1)
+            tiles.append((im, s / detector.threshold, name))
     if tiles:
-        contact_sheet(tiles[:12]).save(aside/"worst.png", compress_level=1)
+        contact_sheet(tiles[:12]).save(aside / "worst.png", compress_level=1)
     return files
 
 # %% ../../nbs/parts/2_score.ipynb #b7e8e470
@@ -174,8 +175,8 @@ class Summary:
         "Numbers, the five worst, warnings, a line each"
         head = (f"{_many(self.images, 'image')}: {self.defect:,} above the threshold {self.threshold:.4g}, "
                 f"{self.good:,} below, {self.unreadable:,} unreadable; "
-                f"{self.images/max(self.seconds, 1e-9):.1f} images a second")
-        worst = [f"{i:>4}  {s/self.threshold:6.2f} x threshold  {printable(name)}"
+                f"{self.images / max(self.seconds, 1e-9):.1f} images a second")
+        worst = [f"{i:>4}  {s / self.threshold:6.2f} x threshold  {printable(name)}"
                  for i, (name, s, _) in enumerate(self.scores[:5], 1) if s is not None]
         return "\n".join([head, *worst, *(f"Warning: {w}" for w in self.warnings)])
 
@@ -185,7 +186,7 @@ class Summary:
 def _shifted(rows, held, odd=0):
     "Signs that the images are unlike the good ones as a whole; odd: how many have another shape"
     out, scores = [], sorted(s for _, s, _ in rows if s is not None)
-    if len(scores) >= 10 and len(held) >= 5 and scores[len(scores)//2] > float(held.double().quantile(.9)):
+    if len(scores) >= 10 and len(held) >= 5 and scores[len(scores) // 2] > float(held.double().quantile(.9)):
         out.append("more than half of these images score higher than nine in ten held-out good ones: unless most "
                    "parts are defective, light, camera or product have changed, and the detector should be fitted anew")
     if odd:
@@ -194,9 +195,9 @@ def _shifted(rows, held, odd=0):
 
 # %% ../../nbs/parts/2_score.ipynb #505bdab5
 def score(
-    detector:Detector, images, out, # folder of parts, searched with its sub-folders; folder of results, left out
-    maps:int=100, batch:int|None=None, # heat maps, of the worst; images at once; None: 32, or 128 on a GPU
-    progress:bool=True,
+    detector: Detector, images, out, # folder of parts, searched with its sub-folders; folder of results, left out
+    maps: int = 100, batch: int | None = None, # heat maps, of the worst; images at once; None: 32, or 128 on a GPU
+    progress: bool = True,
 ) -> Summary:
     "Scores of all images of a folder, worst first, and heat maps of the worst"
     start, images, out, odd = time.perf_counter(), Path(_readable(images, "of parts to score")), Path(out), []
@@ -206,31 +207,31 @@ def score(
         raise BadInput(f"{out} would receive results among the images themselves: give another folder for them")
     with results(out) as aside:
         names = tqdm(find_images(images, [out]), "score", unit=" images", disable=not progress, leave=False)
-        pixels = decoded(names, partial(_read, detector, images, odd), 2*batch)
+        pixels = decoded(names, partial(_read, detector, images, odd), 2 * batch)
         if not (rows := scored(pixels, detector.patch_scores, batch)):
             raise BadInput(f"{images} holds no images ({', '.join(SUFFIXES)}): give the folder of parts to score")
         drawn = _draw_worst(detector, images, rows[:maps], aside)
-        _write_scores(rows, aside/"scores.csv", detector.threshold, drawn)
+        _write_scores(rows, aside / "scores.csv", detector.threshold, drawn)
         made = _origin(start, device)
         summary = Summary(detector.threshold, rows, drawn, _shifted(rows, detector.held, len(odd)), made["seconds"])
-        write_json(_facts(detector, images.name, summary) | made, aside/"summary.json")
+        write_json(_facts(detector, images.name, summary) | made, aside / "summary.json")
     return summary
 
 # %% ../../nbs/parts/2_score.ipynb #e406ea69
 def _read(detector, images, odd, name):
     "Pixels of one image, or its error without the folder's path; one of another shape than the good ones is noted"
     try:
-        pixels, (w, h), _ = read_image(images/name, detector.cfg.size)
+        pixels, (w, h), _ = read_image(images / name, detector.cfg.size)
     except BadInput as e:
-        raise BadInput(str(e).replace(printable(f"{images/name} "), "")) from None
+        raise BadInput(str(e).replace(printable(f"{images / name} "), "")) from None
     least, most = detector.about["images"]["aspects"]
-    if not least/1.1 <= w/h <= most*1.1:
+    if not least / 1.1 <= w / h <= most * 1.1:
         odd.append(name)
     return pixels
 
 def _facts(detector, folder, s):
     a, numbers = detector.about, ("images", "defect", "good", "unreadable", "threshold", "warnings", "problem")
-    worst = [dict(rank=i, path=n, score=x, ratio=round(x/s.threshold, 4), heat_map=s.heat_maps.get(n, ""))
+    worst = [dict(rank=i, path=n, score=x, ratio=round(x / s.threshold, 4), heat_map=s.heat_maps.get(n, ""))
              for i, (n, x, _) in enumerate(s.scores[:12], 1) if x is not None]
     model = dict(config=asdict(detector.cfg), fingerprint=a["images"]["fingerprint"])
     return dict(what=MARK, folder=folder, **{k: getattr(s, k) for k in numbers}, worst=worst,

@@ -29,12 +29,12 @@ def _failure(t, *args):
 # %% ../../nbs/run/6_cluster.ipynb #bf835cc8
 def carry_out_all(
     last, # tasks, the last stage of each run
-    data:Category,
-    store:Store,
+    data: Category,
+    store: Store,
     device="cpu",
-    progress:bool=False,
+    progress: bool = False,
     say=lambda t, r, new: None, # told of each stage
-    failed:dict|None=None, # key -> reason, of tasks not to be tried again
+    failed: dict | None = None, # key -> reason, of tasks not to be tried again
 ) -> dict: # task -> record, or the reason why there is none
     "Many runs of one category, one after the other"
     out, failed = {}, {} if failed is None else failed
@@ -75,10 +75,10 @@ def _on_worker(t, where, store, device, *before):
 def submit(
     client, # `dask.distributed.Client`
     last, # tasks, the last stage of each run
-    where:tuple, # from `at`
-    store:Store, # on a folder that the workers see
-    device:str|None=None,
-    futures:dict|None=None, # key -> future, of earlier calls
+    where: tuple, # from `at`
+    store: Store, # on a folder that the workers see
+    device: str | None = None,
+    futures: dict | None = None, # key -> future, of earlier calls
 ) -> dict: # key -> (task, future), of all stages that are missing
     "Hand the missing stages of many runs to a cluster"
     futures = {} if futures is None else futures

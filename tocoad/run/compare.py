@@ -38,7 +38,7 @@ from ..systems.tocoad import GENERATORS
 
 # %% ../../nbs/run/5_compare.ipynb #5f62c7b6
 def reason(
-    e:Exception,
+    e: Exception,
 ) -> str:
     "Why a stage failed, in a line"
     said = str(e).strip().partition("\n")[0] or "no message"
@@ -47,8 +47,8 @@ def reason(
 
 # %% ../../nbs/run/5_compare.ipynb #127a3baa
 def shown(
-    t:Task, # the last stage of a system
-    arrays:dict, # that it stored
+    t: Task, # the last stage of a system
+    arrays: dict, # that it stored
 ) -> tuple: # image scores (N,), maps (N, size, size)
     "What a system says of the test images; BadInput if it is no score and map of each"
     image, maps = arrays.get("image"), arrays.get("maps")
@@ -71,14 +71,14 @@ def _got(t, store):
 
 # %% ../../nbs/run/5_compare.ipynb #a2eb8f01
 def carry_out(
-    t:Task,
-    data:Category,
-    store:Store,
+    t: Task,
+    data: Category,
+    store: Store,
     parts=None, # component -> object to use instead
     device="cpu",
-    progress:bool=False,
+    progress: bool = False,
     say=lambda t, r, new: None, # told of each stage: task, record, whether it was computed now
-    tensors:bool=False, # its tensors are needed too
+    tensors: bool = False, # its tensors are needed too
 ) -> dict: # its record
     "One stage, from the store or computed, after the stages that it needs"
     r = store.record(t, tensors)
@@ -111,7 +111,7 @@ _REGISTRIES = dict( # component -> the registry it is taken from, the setting th
     scorer=(SCORERS, "scorer"))
 
 def describe(
-    cfg:Shared,
+    cfg: Shared,
     parts=None, # component -> object to use instead
 ) -> dict: # component -> text for the keys
     "What each component of a run is"
@@ -132,8 +132,8 @@ def _file_id(backbone, weights, at):
     return file_sha256(weights_path(backbone) if weights == "imagenet" else weights)[:16]
 
 def weights_id(
-    backbone:str, # a key of `BACKBONES`
-    weights:str, # "imagenet", "random" or a path
+    backbone: str, # a key of `BACKBONES`
+    weights: str, # "imagenet", "random" or a path
 ) -> str: # 16 hexadecimal digits, or "random"
     "Hash of the weights that F starts from"
     if backbone not in BACKBONES:
@@ -147,11 +147,11 @@ def weights_id(
 
 # %% ../../nbs/run/5_compare.ipynb #c0f77a5f
 def tasks(
-    cfg:Shared, # settings of a system
-    data:Category,
+    cfg: Shared, # settings of a system
+    data: Category,
     parts=None, # component -> object to use instead
     device="cpu", # that computes them
-    system:System|None=None, # None: the one that the settings belong to
+    system: System | None = None, # None: the one that the settings belong to
 ) -> dict: # stage -> `Task`, in order
     "The stages of one run"
     if "stage1" in TRAINS.get(cfg.method, ()) and "generator" not in (parts or {}):
@@ -190,13 +190,13 @@ class Comparison:
     logs: dict # (method, seed) -> training log
     stages: pd.DataFrame # method, seed, stage, computed, seconds
     seconds: float = 0.
-    gpu: str|None = None
+    gpu: str | None = None
 
     def summary(self): # method -> metric -> (mean, deviation over seeds)
         "Metrics over seeds"
         return {m: {k: mean_std(g[k]) for k in g.columns[2:]} for m, g in self.rows.groupby("method", sort=False)}
 
-    def difference(self, method:str, metric:str, n:int=1000, base:str="frozen"): # `Interval` in [-1, 1]
+    def difference(self, method: str, metric: str, n: int = 1000, base: str = "frozen"): # `Interval` in [-1, 1]
         "Paired difference of a method to `base` in a metric, its interval from `n` bootstrap draws"
         if metric.startswith("image"):
             return paired_bootstrap(self.data.test.labels.numpy(), self.image[base], self.image[method], metric, n=n)
@@ -209,7 +209,7 @@ class Comparison:
 
 # %% ../../nbs/run/5_compare.ipynb #71dda551
 def find_device(
-    name:str|None=None, # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
+    name: str | None = None, # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
 ) -> torch.device:
     "The device to compute on; BadInput if it is not there"
     try:
@@ -220,7 +220,7 @@ def find_device(
 
 # %% ../../nbs/run/5_compare.ipynb #09873f67
 def at(
-    cfg:Shared, # has dataset, category, resize, shorter, mask
+    cfg: Shared, # has dataset, category, resize, shorter, mask
     root=None, # folder that holds the category; None: the embedded mini data set
 ) -> tuple: # for `load_at`
     "Which images some settings mean, and how they are read"
@@ -256,15 +256,15 @@ def _training(values):
     return out
 
 def pull(
-    log:list, # of stage II
+    log: list, # of stage II
 ) -> float: # in [0, 1]
     "D's share of the pull on F: lengths of the two weighted gradients, mean over epochs"
     return float(np.mean([e["share"] for e in log]))
 
 # %% ../../nbs/run/5_compare.ipynb #6fa190db
 def member(
-    cfg:Shared, # all settings but those of the method
-    name:str, # of the method
+    cfg: Shared, # all settings but those of the method
+    name: str, # of the method
     change=None, # changes of `cfg`, settings, or a `System`; None: what the name says
 ) -> tuple: # settings, components, system or None
     "One of the methods of a comparison"
@@ -291,14 +291,14 @@ def _run(cfg, parts, system, data, store, device, progress):
 
 # %% ../../nbs/run/5_compare.ipynb #e1cedfdc
 def compare(
-    cfg:Shared, # all settings but method and seed
-    seeds:tuple=(0,), # one run of every method each
+    cfg: Shared, # all settings but method and seed
+    seeds: tuple = (0,), # one run of every method each
     methods=None, # names, or name -> changes of `cfg` ("parts" for components), settings, or a `System`
-    data:Category|None=None, # already loaded, or found by `root`
+    data: Category | None = None, # already loaded, or found by `root`
     root=None, # folder that holds the category; None: the embedded mini data set
-    device:str|None=None, # "cpu", "cuda"; None: a GPU if there is one
-    progress:bool=True,
-    store:Store|None=None, # None: nothing is kept
+    device: str | None = None, # "cpu", "cuda"; None: a GPU if there is one
+    progress: bool = True,
+    store: Store | None = None, # None: nothing is kept
 ) -> Comparison:
     "Train and score every method with every seed on one category"
     start, device = time.perf_counter(), find_device(device)
@@ -307,7 +307,7 @@ def compare(
     methods = methods if isinstance(methods, dict) else dict.fromkeys(methods)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside:
-        store = store or Store(Path(aside)/"store")
+        store = store or Store(Path(aside) / "store")
         for seed, m in tqdm(todo, cfg.category, disable=not progress, leave=False):
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device)
@@ -317,7 +317,7 @@ DIFFERENCES = "image_auroc", "pixel_auroc", "aupro"
 
 def _percent(x):
     "A share in per cent, None where it does not exist"
-    return None if x is None or not np.isfinite(x) else round(100*float(x), 4)
+    return None if x is None or not np.isfinite(x) else round(100 * float(x), 4)
 
 def _method(result, m, metrics):
     "What a record says of a method"
@@ -333,7 +333,7 @@ def _method(result, m, metrics):
 
 # %% ../../nbs/run/5_compare.ipynb #db3d22cf
 def record(
-    result:Comparison,
+    result: Comparison,
 ) -> dict: # ready for JSON
     "The JSON record of a comparison, metrics in per cent"
     cfg, data = result.cfg, result.data

@@ -62,7 +62,7 @@ PROFILES = {
         resize=144, size=128, epochs1=10, epochs2=3, batch=8, width=64, lr_head=.5)}
 
 def config(
-    profile:str="laptop", # a key of `PROFILES`
+    profile: str = "laptop", # a key of `PROFILES`
     **changes, # fields of `Config`
 ) -> Config:
     "A profile's `Config`, with changes"

@@ -40,7 +40,7 @@ def _short(x):
     return [_short(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 def key_of(
-    r:dict, # a record
+    r: dict, # a record
 ) -> str:
     "The key that belongs to what a record says it was made from"
     text = json.dumps(r["made_from"], sort_keys=True, default=list)
@@ -57,7 +57,7 @@ def _image_scores(r, store):
     return base64.b64encode(s.astype("<f4").tobytes()).decode()
 
 def image_scores(
-    r:dict, # a record of a system's last stage from a file
+    r: dict, # a record of a system's last stage from a file
 ) -> np.ndarray: # (N,) float32, higher = more anomalous
     "The image scores of a record"
     return np.frombuffer(base64.b64decode(r["image_scores"]), "<f4")
@@ -82,11 +82,11 @@ def _same_table(s):
     return _line([s[k] for k in ("target", "profile", "settings", "seeds", "mini")] + _places(s))
 
 def sheets(
-    store:Store,
+    store: Store,
     targets=None, # names such as "table5"; None: all
 ) -> list: # of dicts, the newest of each kind
     "The store's current tables"
-    paths = sorted((store.root/"sheets").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    paths = sorted((store.root / "sheets").glob("*.json"), key=lambda p: p.stat().st_mtime)
     found = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
     newest = {_same_table(s): s for s in found}
     return [s for s in newest.values() if targets is None or s["target"] in targets]
@@ -95,7 +95,7 @@ def sheets(
 def _sets(store, records):
     "What the store noted of the images behind some records: fingerprint -> counts and labels"
     wanted = {r["made_from"]["data"] for r in records}
-    notes = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((store.root/"data").glob("*.json"))]
+    notes = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((store.root / "data").glob("*.json"))]
     return {n.pop("fingerprint"): n for n in notes if n["fingerprint"] in wanted and "labels" in n}
 
 def _outward_settings(s):
@@ -109,7 +109,7 @@ def _order(r):
 
 # %% ../../nbs/run/exchange.ipynb #c1325740
 def export(
-    store:Store,
+    store: Store,
     path, # file to write
     targets=None, # names such as "table5"; None: all
 ) -> int: # number of records
@@ -170,22 +170,22 @@ def read(
 
 # %% ../../nbs/run/exchange.ipynb #78aa1f5d
 def add(
-    store:Store,
+    store: Store,
     path, # a file from `export`
 ) -> Path: # its copy
     "Check a file and keep it in the store"
     head, _ = read(path)
-    to = store.root/"imported"/f"{Path(path).stem}-{head['sha256'][:8]}.jsonl"
+    to = store.root / "imported" / f"{Path(path).stem}-{head['sha256'][:8]}.jsonl"
     to.parent.mkdir(parents=True, exist_ok=True)
     with whole(to) as aside:
         aside.write_bytes(Path(path).read_bytes())
     return to
 
 def imported(
-    store:Store,
+    store: Store,
 ) -> list: # of paths
     "The files that a store has taken in"
-    return sorted((store.root/"imported").glob("*.jsonl"))
+    return sorted((store.root / "imported").glob("*.jsonl"))
 
 # %% ../../nbs/run/exchange.ipynb #bd4dabf5
 def pool(
@@ -213,7 +213,7 @@ def same_make(
     return len({_line([r["made_from"]["data"], r["made_from"]["by"]]) for r in rs}) == 1
 
 def pairs(
-    records:dict, # from `pool`
+    records: dict, # from `pool`
 ) -> list: # of (record, runs of the base, runs of the row), metrics records each
     "The paired differences among some records, whose both sides are there and of one make"
     run_of = {r["made_from"]["needs"][0]: r for r in records.values() if r["stage"] == "metrics"}
@@ -221,5 +221,5 @@ def pairs(
     for d in (r for r in records.values() if r["stage"] == "difference"):
         sides = [run_of.get(k) for k in d["made_from"]["needs"]]
         if None not in sides and same_make([d, *sides]):
-            out.append((d, sides[:len(sides)//2], sides[len(sides)//2:]))
+            out.append((d, sides[:len(sides) // 2], sides[len(sides) // 2:]))
     return out

@@ -33,7 +33,7 @@ def _cpu():
     return next(named, platform.processor() or platform.machine())
 
 def hardware(
-    gpu:str|None=None, # name of the GPU used, if any
+    gpu: str | None = None, # name of the GPU used, if any
 ) -> dict: # device, cpu, cores, system, python
     "The machine a run was made on"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -48,7 +48,7 @@ def versions() -> dict: # package -> version
     return {name: version_of(name) for name in PACKAGES} | dict(faiss=faiss)
 
 def computed_by(
-    precision:str, # of `Config`
+    precision: str, # of `Config`
     device="cpu", # or "cuda", "cuda:1", ...
 ) -> dict: # kind of device, arithmetic, versions
     "What computes a stage: results of another kind are neither reused nor paired"
@@ -92,8 +92,8 @@ def _chosen(does, cfg):
     return {v for k in (*does.fields, *does.reads) if isinstance(v := getattr(cfg, k), str)}
 
 def code_of_stage(
-    does:Stage,
-    cfg:Shared, # settings of the run
+    does: Stage,
+    cfg: Shared, # settings of the run
 ) -> str: # 16 hexadecimal digits
     "Fingerprint of all code that a stage's result can depend on"
     return code_of(does.function, _chosen(does, cfg))
@@ -105,14 +105,14 @@ def _read(t):
 
 # %% ../../nbs/run/2_keys.ipynb #791f1269
 def task(
-    stage:str, # its name
-    cfg:Shared, # settings of the run, resolved
-    data:str, # fingerprint of the images
-    weights:str, # hash of F's weights
+    stage: str, # its name
+    cfg: Shared, # settings of the run, resolved
+    data: str, # fingerprint of the images
+    weights: str, # hash of F's weights
     needs=(), # tasks before it
     parts=None, # component -> its text, from `source_of`
     device="cpu", # that computes it
-    does:Stage|None=None, # None: the one of that name in `STAGES`
+    does: Stage | None = None, # None: the one of that name in `STAGES`
     **extra, # more values that the stage is given
 ) -> Task:
     "The task of a stage, with its key"
@@ -130,12 +130,12 @@ def task(
 
 # %% ../../nbs/run/2_keys.ipynb #e00bb45c
 def chain(
-    cfg:Shared, # settings of one run
-    data:str, # fingerprint of the images
-    weights:str, # hash of F's weights
+    cfg: Shared, # settings of one run
+    data: str, # fingerprint of the images
+    weights: str, # hash of F's weights
     parts=None, # component -> its text
     device="cpu", # that computes it
-    system:System|None=None, # None: the one that the settings belong to
+    system: System | None = None, # None: the one that the settings belong to
 ) -> dict: # stage -> `Task`, in order, the metrics last
     "The stages of a run"
     c, out = cfg.resolved(), {}
@@ -146,7 +146,7 @@ def chain(
     return out
 
 def scored(
-    ts:dict, # from `chain`
+    ts: dict, # from `chain`
 ) -> Task:
     "The task of a run that gives image scores and maps"
     return ts["metrics"].needs[0]

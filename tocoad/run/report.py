@@ -16,12 +16,12 @@ from .config import PROFILES
 
 # %% ../../nbs/run/7_report.ipynb #4d05cfda
 def mark(
-    profile:str,
+    profile: str,
 ) -> str: # behind the profile's name
     "What a reader must know of a profile"
     return " (smoke: shows that it runs, is no result)" if profile == "smoke" else ""
 
-def machine(hardware:dict) -> str: # of a record
+def machine(hardware: dict) -> str: # of a record
     "The machine in words"
     return f"{hardware['cpu']}, {hardware['cores']} cores" if hardware["device"] == "cpu" else hardware["device"]
 
@@ -30,7 +30,7 @@ def named_seeds(seeds) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 def interval(
-    mean:float, low:float, high:float, # per cent
+    mean: float, low: float, high: float, # per cent
 ) -> str:
     "A difference with its interval"
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -49,7 +49,7 @@ def _changed(record):
             if k in own.keys() - named and plain(v) != plain(own[k])]
 
 def title(
-    record:dict, # as made by `compare.record`
+    record: dict, # as made by `compare.record`
 ) -> str:
     "One line: what, with which profile, seeds and machine"
     changed = _changed(record)
@@ -68,7 +68,7 @@ def _cell(v):
     return f"{v['mean']:.2f}" + ("" if v["std"] is None else f" ± {v['std']:.2f}")
 
 def table(
-    record:dict, # as made by `compare.record`
+    record: dict, # as made by `compare.record`
 ) -> pd.DataFrame: # a row per method: mean ± deviation over seeds, and differences to frozen, in per cent
     "Methods side by side, with the paired difference to frozen and its 95 % interval"
     rows = {}
@@ -83,8 +83,8 @@ def table(
 
 # %% ../../nbs/run/7_report.ipynb #20313c57
 def text(
-    record:dict, # as made by `compare.record`
-    markdown:bool=False, # a Markdown table instead of aligned columns
+    record: dict, # as made by `compare.record`
+    markdown: bool = False, # a Markdown table instead of aligned columns
 ) -> str:
     "Title, table, and what the columns mean"
     t = table(record)
@@ -99,7 +99,7 @@ PANELS = dict(L_dis="stage I: $L_{dis}$", L_sym="stage II: $L_{sym}$", L_neg="st
               g_sym="pull of C on F", g_neg="pull of D on F", spread="spread of z (0: collapsed)")
 
 def curves(
-    record:dict, # as made by `compare.record`, with its `training`
+    record: dict, # as made by `compare.record`, with its `training`
 ): # matplotlib figure
     "Losses, gradient lengths and collapse indicator of each stage over epochs, a line a seed"
     import seaborn as sns
@@ -120,8 +120,8 @@ def curves(
 
 # %% ../../nbs/run/7_report.ipynb #7e0f0003
 def spanned(
-    wide:pd.DataFrame, # columns named a|b|c
-    name:str, # of the table
+    wide: pd.DataFrame, # columns named a|b|c
+    name: str, # of the table
 ): # `great_tables.GT`
     "A table whose names a|b|c stand in three lines, each over the columns that share it"
     from great_tables import GT

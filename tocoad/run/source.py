@@ -27,8 +27,8 @@ from ..data.errors import BadInput
 
 # %% ../../nbs/run/source.ipynb #c77afdbd
 def version_of(
-    name:str, # of a package
-) -> str|None: # None if it is not installed
+    name: str, # of a package
+) -> str | None: # None if it is not installed
     "The version of an installed package"
     try:
         return version(name)
@@ -123,8 +123,8 @@ def _statements(room, name, texts, chosen):
 
 # %% ../../nbs/run/source.ipynb #516bd9b0
 def reach(
-    function:str, # a top-level name, with its room: "systems.tocoad.stage1"
-    texts:dict, # room -> source, as from `sources`
+    function: str, # a top-level name, with its room: "systems.tocoad.stage1"
+    texts: dict, # room -> source, as from `sources`
     chosen=None, # values of settings; None: every entry of a registry counts
 ) -> dict: # (room, name) -> statements
     "What a function's result can depend on"
@@ -150,8 +150,8 @@ def reach(
 _LOADED = sources()
 
 def fingerprint(
-    function:str, # "systems.tocoad.stage1"
-    texts:dict|None=None, # room -> source; None: as loaded
+    function: str, # "systems.tocoad.stage1"
+    texts: dict | None = None, # room -> source; None: as loaded
     chosen=None, # as for `reach`
 ) -> str: # 16 hexadecimal digits
     "Fingerprint of everything a function's result can depend on"
@@ -175,18 +175,18 @@ def code_of(
 
 # %% ../../nbs/run/source.ipynb #bc07ebb5
 def code_hash(
-    texts:dict|None=None, # room -> source; None: as loaded
+    texts: dict | None = None, # room -> source; None: as loaded
 ) -> str: # 16 hexadecimal digits
     "Fingerprint of the whole package"
     every = "".join(f"{r} {_plain(t)}" for r, t in sorted((texts or _LOADED).items()))
     return hashlib.sha256(every.encode()).hexdigest()[:16]
 
 class Stale(BadInput):
-    "The source on disk is no longer what this process runs."
+    "The source on disk is no longer what this process runs"
 
 def check_loaded(
     function, # of a `Stage`
-    now:dict|None=None, # room -> source on disk; None: read
+    now: dict | None = None, # room -> source on disk; None: read
 ):
     "`Stale` if what a function depends on changed on disk after it was loaded"
     now = now or sources()

@@ -24,7 +24,7 @@ def difference(c, data, got, parts, device, progress): # mean, low, high of the 
     "Paired difference of two methods: the runs of one for every seed, then those of the other"
     level = "image" if c.metric.startswith("image") else "maps"
     found = [arrays[level] for _, arrays in got]
-    sides = found[:len(got)//2], found[len(got)//2:]
+    sides = found[:len(got) // 2], found[len(got) // 2:]
     if level == "image":
         d = paired_bootstrap(data.test.labels.numpy(), *sides, c.metric, n=c.draws)
     else:
@@ -40,19 +40,19 @@ def unit(
     normal = ~np.asarray(labels, bool)
     good = maps[normal] if normal.any() else maps
     low, high = np.quantile(good, [.5, .99])
-    return (maps - low)/max(high - low, 1e-12)
+    return (maps - low) / max(high - low, 1e-12)
 
 # %% ../../nbs/run/4_stages.ipynb #d41f206b
 def pick(
     labels, # (N,), true = anomalous
     defects, # (N,) names
     image, # (N,) image scores
-    n:int=8, # how many images at most
+    n: int = 8, # how many images at most
 ) -> list: # indices: of each kind of defect in turn the image with the median score, then others, and one good image
     "A fair choice of test images: neither the best nor the worst"
     kinds = [d for d in dict.fromkeys(defects) if d != "good"]
     ranked = {d: sorted((i for i, e in enumerate(defects) if e == d), key=lambda i: image[i]) for d in [*kinds, "good"]}
-    spread = {d: sorted(v, key=lambda i: abs(v.index(i) - (len(v) - 1)/2)) for d, v in ranked.items()}
+    spread = {d: sorted(v, key=lambda i: abs(v.index(i) - (len(v) - 1) / 2)) for d, v in ranked.items()}
     order = [spread[d][k] for k in range(n) for d in kinds if k < len(spread[d])]
     return order[:n - bool(spread["good"])] + spread["good"][:1]
 

@@ -25,9 +25,9 @@ from .keys import Task, versions
 
 # %% ../../nbs/run/3_store.ipynb #42bd62c4
 def write_json(
-    record:dict, # numbers, texts, lists, dicts
+    record: dict, # numbers, texts, lists, dicts
     path, # file to write; its folder is made if needed
-    option:str="--out", # the option that could name another folder
+    option: str = "--out", # the option that could name another folder
 ) -> Path:
     "Write a JSON file in one atomic step"
     path, document = Path(path), json.dumps(record, indent=1, allow_nan=False, default=list)
@@ -43,13 +43,13 @@ def write_json(
 FORMAT = 1
 
 def default_store() -> Path: # may not exist yet
-    "`TOCOAD_STORE`, or `store` in the cache folder."
-    return Path(os.environ.get("TOCOAD_STORE") or cache_dir()/"store").expanduser()
+    "`TOCOAD_STORE`, or `store` in the cache folder"
+    return Path(os.environ.get("TOCOAD_STORE") or cache_dir() / "store").expanduser()
 
 # %% ../../nbs/run/3_store.ipynb #0f639d3d
 def _open(root):
     "Make a folder a store, if it is none; BadInput if it cannot be one"
-    mark = root/"store.json"
+    mark = root / "store.json"
     if not mark.exists():
         if root.is_dir() and any(p for p in root.iterdir() if not p.name.startswith(".")):
             raise BadInput(f"{root} holds other files and no store.json: give --store an empty or new folder.")
@@ -74,11 +74,11 @@ class Store:
         _open(self.root)
 
     def path(self,
-        t:Task,
-        suffix:str=".json", # of its record; ".safetensors" of its arrays
+        t: Task,
+        suffix: str = ".json", # of its record; ".safetensors" of its arrays
     ) -> Path: # may not exist
         "The file of a task"
-        return self.root/t.stage/f"{t.key}{suffix}"
+        return self.root / t.stage / f"{t.key}{suffix}"
 
     def __repr__(self):
         return f"Store({self.root.name}, {sum(1 for _ in self.root.glob('*/*.json'))} records)"
@@ -102,10 +102,10 @@ def _read(path):
         return None
 
 @patch
-def record(self:Store,
-    t:Task,
-    tensors:bool=False, # only if its tensors are there too
-) -> dict|None: # None if it is not stored
+def record(self: Store,
+    t: Task,
+    tensors: bool = False, # only if its tensors are there too
+) -> dict | None: # None if it is not stored
     "The record of a task"
     r = _read(self.path(t))
     gone = r and tensors and r["bytes"] and not self.path(t, ".safetensors").exists()
@@ -127,10 +127,10 @@ def _who(c):
     return dict(dataset=c.dataset, category=c.category, profile=c.profile, method=c.method, seed=c.seed)
 
 @patch
-def put(self:Store,
-    t:Task,
-    values:dict, # numbers, texts, lists, dicts
-    tensors:dict|None=None, # name -> array
+def put(self: Store,
+    t: Task,
+    values: dict, # numbers, texts, lists, dicts
+    tensors: dict | None = None, # name -> array
     **about, # seconds, hardware, ...
 ) -> dict: # the record
     "Store the result of a task, tensors first, record last"
@@ -140,35 +140,35 @@ def put(self:Store,
              bytes=size, written=now, versions=versions())
     write_json(r | about | dict(values=values), self.path(t), "--store")
     line = f"{now} {t.stage} {t.key} {c.dataset}/{c.category} seed {c.seed} {about.get('seconds', 0):.2f} s\n"
-    with open(self.root/"journal.txt", "a") as f:
+    with open(self.root / "journal.txt", "a") as f:
         f.write(line)
     return self.record(t)
 
 # %% ../../nbs/run/3_store.ipynb #287d22d1
 @patch
-def drop(self:Store,
+def drop(self: Store,
     t, # a task or a record
-    record:bool=True, # its record too, not only its tensors
+    record: bool = True, # its record too, not only its tensors
 ) -> int: # bytes freed
     "Remove a stored task"
     stage, key = (t["stage"], t["key"]) if isinstance(t, dict) else (t.stage, t.key)
     suffixes = (".json", ".safetensors") if record else (".safetensors",)
-    paths = [p for s in suffixes if (p := self.root/stage/f"{key}{s}").exists()]
+    paths = [p for s in suffixes if (p := self.root / stage / f"{key}{s}").exists()]
     freed = sum(p.stat().st_size for p in paths)
     for p in paths:
         p.unlink(missing_ok=True)
     return freed
 
 @patch
-def records(self:Store) -> list: # of dicts, by time
+def records(self: Store) -> list: # of dicts, by time
     "All stored records"
     found = [r for p in self.root.glob("*/*.json") if (r := _read(p)) and "key" in r]
     return sorted(found, key=lambda r: (r["written"], r["key"]))
 
 # %% ../../nbs/run/3_store.ipynb #1231de72
 @patch
-def tensors(self:Store,
-    t:Task,
+def tensors(self: Store,
+    t: Task,
 ) -> dict: # name -> array
     "The tensors of a stored task"
     path = self.path(t, ".safetensors")
@@ -179,9 +179,9 @@ def tensors(self:Store,
         raise BadInput(f"{path} cannot be read ({type(e).__name__}); its record was dropped, start again.") from None
 
 @patch
-def load(self:Store,
-    stage:str, # its name
-    key:str,
+def load(self: Store,
+    stage: str, # its name
+    key: str,
 ) -> dict: # name -> array
     "The tensors under a key"
-    return load_file(self.root/stage/f"{key}.safetensors")
+    return load_file(self.root / stage / f"{key}.safetensors")

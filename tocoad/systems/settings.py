@@ -48,7 +48,7 @@ class Shared:
 SHARED_CHOICES = dict(norm=("own", "imagenet"), precision=("fp32", "tf32", "bf16"), mask=("half", "cast"))
 
 def check(
-    c:Shared,
+    c: Shared,
 ):
     "BadInput if a setting cannot work"
     if not 0 < c.size <= c.resize or c.size % 32:
@@ -63,7 +63,7 @@ def check(
 
 # %% ../../nbs/systems/1_settings.ipynb #c6410313
 def shared(
-    c:Shared, # of any system
+    c: Shared, # of any system
 ) -> dict: # name -> value
     "The settings that another system has too"
     return {f.name: getattr(c, f.name) for f in fields(Shared) if f.name != "method"}
@@ -157,7 +157,7 @@ class Config(Shared):
 
 # %% ../../nbs/systems/1_settings.ipynb #946ebe87
 def resolved(
-    c:Config,
+    c: Config,
 ) -> Config: # without rules: what is computed
     "A Config with the rules of its category and its method applied"
     changes = dict(loss1=c.loss) if c.loss1 == "same" else {}

@@ -17,13 +17,13 @@ from .settings import Config, Shared
 @dataclass(frozen=True)
 class Stage:
     "A step of a run whose result is stored"
-    function: str|Callable # (settings, data, got, parts, device, progress) -> numbers, arrays; or its path in tocoad
+    function: str | Callable # (settings, data, got, parts, device, progress) -> numbers, arrays; or its path in tocoad
     fields: tuple = () # settings that it is given
     parts: tuple = () # components that may be replaced in it
     needs: tuple = () # stages before it, as far as they are there
     work: float = 1. # rough cost of one image and epoch in forward passes of F
     epochs: str = "" # the setting that counts its epochs, or "a/b"
-    reader: str|Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
+    reader: str | Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
     reads: tuple = () # settings that the reader is given
     judges: bool = False # is given image scores and maps, and nothing else, of the stages before it
 
@@ -47,7 +47,7 @@ class System:
     used: Callable = lambda c, stages: stages # settings, names of all stages -> names of those that a run has
 
     def stages_of(self,
-        c:Shared, # its settings
+        c: Shared, # its settings
     ) -> dict: # name -> `Stage`
         "The stages of a run"
         return {s: self.stages[s] for s in self.used(c, tuple(self.stages))}
@@ -96,7 +96,7 @@ SYSTEMS = {
 
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
-    c:Shared, # settings
+    c: Shared, # settings
 ) -> System:
     "The system that settings belong to"
     return SYSTEMS["tocoad" if c.method in TRAINS and c.method != "frozen" else one_of(c.method, SYSTEMS, "a system")]

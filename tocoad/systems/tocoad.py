@@ -49,7 +49,7 @@ def make_generator(
                    jitter=c.jitter, gradients=c.gradients)
     if c.generator == "perlin":
         ask_for_textures(c)
-        options |= dict(textures=textures(c.textures).to(device), rotate=c.rotate, angle=c.angle, fill=c.fill/255,
+        options |= dict(textures=textures(c.textures).to(device), rotate=c.rotate, angle=c.angle, fill=c.fill / 255,
                         beta=(0, c.beta), scales=(c.scales[0], c.scales[1] + 1), threshold=c.threshold)
     return kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__})
 
@@ -61,7 +61,7 @@ def make_views(
     "C's augmentation as the settings say"
     if parts and "views" in parts:
         return parts["views"]
-    return Views(c.size, (c.scale, 1.), c.colour, c.colour/4, gray=.2 if c.colour else 0.)
+    return Views(c.size, (c.scale, 1.), c.colour, c.colour / 4, gray=.2 if c.colour else 0.)
 
 def make_networks(
     c, # has backbone, weights, norm, compile, seed
@@ -97,7 +97,7 @@ def make_contrast(
 def two_views(
     views, # C's augmentation
     images, # uint8 (n, 3, S, S)
-    seed:int=0,
+    seed: int = 0,
 ) -> list: # v1, v2, each float (n, 3, size, size)
     "The same two views of some images for the same seed"
     if isinstance(views, torch.nn.Module):
@@ -111,8 +111,8 @@ def pairs(
     F, C, # extractor, contrastive network
     images, # uint8 (N, 3, S, S)
     c, # has seed
-    n:int=8, # images
-    d:int=48, # numbers kept of each vector
+    n: int = 8, # images
+    d: int = 48, # numbers kept of each vector
 ): # name -> list: z1, z2, p1, p2 of the first image (d,), cosines p1z2 and p2z1 (n, n); None if C has no `Heads`
     "What the last head of C makes of two views of the first images; vectors at length sqrt(width)"
     if not isinstance(getattr(C, "heads", None), Heads) or len(images) < 2:
@@ -121,7 +121,7 @@ def pairs(
     z = [heads(F(v))[-1] for v in two_views(C.views, images[:n], c.seed)]
     p = [heads.predictors[-1](x) for x in z]
     unit = {k: nnf.normalize(x.float(), dim=1).cpu() for k, x in zip(("z1", "z2", "p1", "p2"), z + p, strict=True)}
-    out = {k: (x[0, :d]*x.shape[1]**.5).numpy() for k, x in unit.items()}
+    out = {k: (x[0, :d] * x.shape[1]**.5).numpy() for k, x in unit.items()}
     out |= {a + b: (unit[a] @ unit[b].T).numpy() for a, b in (("p1", "z2"), ("p2", "z1"))}
     return {k: np.round(v.astype(float), 4).tolist() for k, v in out.items()}
 
@@ -201,7 +201,7 @@ def embed_batch(
 
 def embed(
     F, images, c, parts=None, # as above
-    batch:int=32, # images at once; fewer if memory runs out
+    batch: int = 32, # images at once; fewer if memory runs out
 ): # patch features (N, P, d)
     "Patch features of layers 2 and 3 for all images"
     return halving(lambda x: embed_batch(F, x, c, parts), images, batch)[0]
@@ -239,7 +239,7 @@ def maps_of(
 
 # %% ../../nbs/systems/3_tocoad.ipynb #3cbaa03f
 def judge(
-    data:Category, # its test labels and masks
+    data: Category, # its test labels and masks
     image, # image scores (N,)
     maps, # (N, size, size)
 ) -> dict: # metric -> value in [0, 1], None where it does not exist
@@ -260,10 +260,10 @@ def curve(c, data, got, parts, device, progress): # epochs with their metrics; n
 
 # %% ../../nbs/systems/3_tocoad.ipynb #535ea4c3
 def train(
-    cfg:Config, # all training fields
+    cfg: Config, # all training fields
     images, # normal images, uint8 (N, 3, S, S), on the device to train on
-    method:str="two_stage", # a key of `TRAINS`
-    progress:bool=True,
+    method: str = "two_stage", # a key of `TRAINS`
+    progress: bool = True,
     parts=None, # component -> object to use instead
 ) -> tuple: # F, and a dict: log of each stage, sanity check of D
     "F after the stages that a method has"
@@ -281,8 +281,8 @@ def train(
 # %% ../../nbs/systems/3_tocoad.ipynb #8f42a71b
 def score(
     F, # extractor in eval mode
-    data:Category, # train fills the memory, test is scored
-    cfg:Config, # reads size, patches, dims, coreset, scorer, b, sigma, seed
+    data: Category, # train fills the memory, test is scored
+    cfg: Config, # reads size, patches, dims, coreset, scorer, b, sigma, seed
     parts=None, # component -> object to use instead
 ) -> tuple: # image scores (N,), maps (N, size, size), both float32 arrays
     "Image scores and anomaly maps of the test images"

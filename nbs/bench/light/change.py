@@ -39,8 +39,8 @@ def main():
                 print(f"{stage}, {copies} at once, {when} {' '.join(settings) or '-'}: {rate[when]:,.1f} images/s, "
                       f"losses {' '.join(f'{x:.5f}' for x in losses[0])}", flush=True)
                 hardware = keys.hardware(_name(a.device))
-                store.write_json(dict(hardware=hardware, results=found), a.out/"change.json")
-            print(f"{stage}, {copies} at once: {rate['after']/rate['before']:.2f} times as fast", flush=True)
+                store.write_json(dict(hardware=hardware, results=found), a.out / "change.json")
+            print(f"{stage}, {copies} at once: {rate['after'] / rate['before']:.2f} times as fast", flush=True)
 
 
 def _name(device):

@@ -51,13 +51,13 @@ def carry_out(job, a):
     from tocoad.run import compare, config
     from tocoad.run import store as store_room
     profile, category, seed, row = job
-    settings = config.settings([f"textures={a.data/'textures'}", *a.set])
+    settings = config.settings([f"textures={a.data / 'textures'}", *a.set])
     size = settings.get("resize", 256)
-    data, store = data_of(a.data/category, category, size), store_room.Store(a.store)
+    data, store = data_of(a.data / category, category, size), store_room.Store(a.store)
     cfg = config.config(profile, dataset=data.dataset, category=category, seed=seed, **row.changes)
     tasks = compare.tasks(cfg.replace(**settings), data, device=a.device)
     metrics = compare.carry_out(tasks["metrics"], data, store, device=a.device)
-    files = [store.root/"store.json", *map(store.path, tasks.values()), store.path(tasks["scores"], ".safetensors")]
+    files = [store.root / "store.json", *map(store.path, tasks.values()), store.path(tasks["scores"], ".safetensors")]
     return metrics["values"], [str(f.relative_to(store.root)) for f in files if f.exists()]
 
 
@@ -85,14 +85,14 @@ class Kept:
 
     def add(self, names):
         "Files of the store, by their paths inside it"
-        path = self.out/f"store-{self.part}.tar"
+        path = self.out / f"store-{self.part}.tar"
         if path.exists() and path.stat().st_size > MOST:
             self.part += 1
-            path = self.out/f"store-{self.part}.tar"
+            path = self.out / f"store-{self.part}.tar"
         with tarfile.open(path, "a") as t:
             for n in names:
                 if n not in self.names:
-                    t.add(self.store/n, n)
+                    t.add(self.store / n, n)
         self.names |= set(names)
 
 
@@ -104,9 +104,9 @@ def summary(found):
         frozen = {k[2]: v for k, v in found.items() if k[:2] == (profile, category) and k[3] == "frozen F"}
         for row in dict.fromkeys(k[3] for k in found if k[:2] == (profile, category)):
             mine = {k[2]: v for k, v in found.items() if k[:2] == (profile, category) and k[3] == row}
-            mean = [100*statistics.mean(v[m] for v in mine.values()) for m in METRICS]
+            mean = [100 * statistics.mean(v[m] for v in mine.values()) for m in METRICS]
             both = sorted(mine.keys() & frozen.keys())
-            more = [" ".join(f"{100*(mine[s][m] - frozen[s][m]):+.2f}" for s in both) for m in METRICS]
+            more = [" ".join(f"{100 * (mine[s][m] - frozen[s][m]):+.2f}" for s in both) for m in METRICS]
             out.append(f"{profile:8}{category:11}{row:34}{mean[0]:7.2f} / {mean[1]:.2f}  {len(mine)} seeds"
                        f"  image {more[0]}  pixel {more[1]}")
     return "\n".join(out)
@@ -128,11 +128,11 @@ def main():
     a = p.parse_args()
     a.data, a.store = a.data.resolve(), (a.store or a.data.with_name(f"{a.data.name}-store")).resolve()
     a.out.mkdir(parents=True, exist_ok=True)
-    images = {c: len(list((a.data/c).glob("**/train/good/*"))) for c in CATEGORIES if (a.data/c).is_dir()}
+    images = {c: len(list((a.data / c).glob("**/train/good/*"))) for c in CATEGORIES if (a.data / c).is_dir()}
     every = jobs(images, a.seeds, a.profiles, a.set)
     context = mp.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
-    for job in every + [None]*a.workers:
+    for job in every + [None] * a.workers:
         todo.put(job)
     running = [context.Process(target=work, args=(todo, done, a), daemon=True) for _ in range(a.workers)]
     for r in running:

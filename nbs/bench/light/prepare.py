@@ -43,7 +43,7 @@ def pack(folder, name, path):
     "A folder's pictures as a tar file"
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
     with ThreadPoolExecutor() as pool, tarfile.open(path, "w") as t:
-        for inside, data in pool.map(lambda f: packed(f, Path(name)/f.relative_to(folder)), files):
+        for inside, data in pool.map(lambda f: packed(f, Path(name) / f.relative_to(folder)), files):
             info = tarfile.TarInfo(inside.as_posix())
             info.size = len(data)
             t.addfile(info, io.BytesIO(data))
@@ -60,24 +60,24 @@ def main():
     a = p.parse_args()
     a.to.mkdir(parents=True, exist_ok=True)
     for category, folder in (pair.split("=", 1) for pair in a.images):
-        pack(Path(folder)/category, f"{category}/{category}", a.to/f"{category}.tar")
+        pack(Path(folder) / category, f"{category}/{category}", a.to / f"{category}.tar")
         with tempfile.TemporaryDirectory() as there:
-            with tarfile.open(a.to/f"{category}.tar") as t:
+            with tarfile.open(a.to / f"{category}.tar") as t:
                 t.extractall(there, filter="data")
-            one, other = (load(f, None, category, SIZE, cache=False) for f in (folder, Path(there)/category))
+            one, other = (load(f, None, category, SIZE, cache=False) for f in (folder, Path(there) / category))
         assert one.fingerprint == other.fingerprint, f"{category} does not decode to the same pixels"
         print(f"{other!r}: the same pixels", flush=True)
     if a.textures:
-        pack(a.textures, "textures", a.to/"textures.tar")
+        pack(a.textures, "textures", a.to / "textures.tar")
     if a.packages:
-        (a.to/"whl").mkdir(exist_ok=True)
+        (a.to / "whl").mkdir(exist_ok=True)
         wanted = [f"{n}=={version(n)}" for n in a.packages]
         tags = [word for t in TAGS for word in ("--platform", t)]
         download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
         there = ["--python-version", a.python, "--implementation", "cp", *tags]
-        subprocess.run([*download, *there, "-d", str(a.to/"whl"), *wanted], check=True)
+        subprocess.run([*download, *there, "-d", str(a.to / "whl"), *wanted], check=True)
     for f in sorted(f for f in a.to.rglob("*") if f.is_file()):
-        print(f"{f.stat().st_size/2**20:7.1f} MiB  {f.relative_to(a.to)}")
+        print(f"{f.stat().st_size / 2**20:7.1f} MiB  {f.relative_to(a.to)}")
 
 
 if __name__ == "__main__":

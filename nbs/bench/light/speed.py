@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-NOTEBOOK = Path(__file__).parents[1]/"gpu.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "gpu.ipynb"
 
 
 def show(x):
@@ -33,7 +33,7 @@ def profile(f, device, steps=3):
     "What a call does: kernels or operators by time, and how many of them a step has"
     import torch
     from torch.profiler import ProfilerActivity
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*(device != "cpu")
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
     f()
     with torch.profiler.profile(activities=kinds) as p:
         for _ in range(steps):
@@ -43,7 +43,7 @@ def profile(f, device, steps=3):
     kernels = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in p.events())
     by = [f"self_{k}_time_total" for k in (["device"] if device != "cpu" else []) + ["cpu"]]
     tables = [p.key_averages().table(sort_by=b, row_limit=12, max_name_column_width=60) for b in by]
-    return f"{kernels/steps:.0f} kernels and copies a step\n" + "\n".join(tables)
+    return f"{kernels / steps:.0f} kernels and copies a step\n" + "\n".join(tables)
 
 
 def main():
@@ -72,7 +72,7 @@ def main():
         print(f"[{time.perf_counter() - start:.0f} s]", flush=True)
     with names["arithmetic"]("tf32", a.device):
         said = "\n".join(f"stage {n}: {profile(names[f'work{n}'], a.device)}" for n in (1, 2))
-    (a.out/"bench"/"profile.txt").write_text(said)
+    (a.out / "bench" / "profile.txt").write_text(said)
     print(said, f"[{time.perf_counter() - start:.0f} s]", sep="\n", flush=True)
 
 
