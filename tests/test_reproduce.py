@@ -73,7 +73,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_killed_in_each_stage_it_goes_on_and_ends_the_same(tmp_path, unbroken):
-    for stage in ("stage1", "stage2", "memory", "scores", "metrics", "difference"):
+    for stage in ("stage1", "stage2", "memory", "scores", "metrics", "redraws", "difference"):
         p = child(tmp_path / "store")
         while p.is_alive() and not list((tmp_path / "store" / stage).glob("*.lock")):
             time.sleep(0.001)

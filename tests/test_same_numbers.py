@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 MEASURED = {"seconds"} # a value of this name is a time
+BETWEEN = {"redraws"} # stages that one tree has between two others
 RENAMED = {} # names of stages, settings and values that changed: the earlier -> today's
 COMMAND = "import sys; from tocoad.cli import main; sys.exit(main(sys.argv[1:]))"
 WORDS = ("reproduce table5 table7 table9 figure7 --profile smoke --categories washer grass --device cpu --quiet"
@@ -66,6 +67,8 @@ def by_origin(records, names):
     def origin(key):
         r = records[key]
         made, stage = r["made_from"], RENAMED.get(r["stage"], r["stage"])
+        if stage in BETWEEN:
+            return origin(made["needs"][0])
         read = {k: v for k, v in today(made["fields"] | made.get("extra", {})).items() if k in names[stage]}
         before = sorted(origin(k) for k in made["needs"])
         return json.dumps([stage, r["dataset"], r["category"], r["seed"], read, before], sort_keys=True)

@@ -90,6 +90,7 @@ def reproduce(
     categories: list[str] = None, # only these (default: all that are there)
     folders: list[str] = (), # for the panel: the folders of its categories, such as data/mvtec_ad/bottle
     param: list[str] = (), # NAME=VALUE, more parameters for the notebooks that have them
+    from_: list[Path] = (), # files of results, or folders of such, to draw from; nothing is computed
     out: Path = Path("reports"), # folder for tables, figures, notebooks and index.html
     workers: str = None, # a dask scheduler's address, or local:N for N processes here
     keep: Literal["all", "scores"] = None, # tensors to keep (default: all, or scores for profiles literal and paper)
@@ -104,18 +105,18 @@ def reproduce(
         names = list(dict.fromkeys(profile or ["smoke" if root is None and not folders else "laptop"]))
         every = [room.plan.options(p, root, seeds, categories, set_, store, device, folders) for p in names]
         targets = room.regenerate.expand(targets)
-        extra = room.check(targets, every, budget, workers, param, dry_run)
+        extra = room.check(targets, every, budget, workers, param, dry_run, from_)
     keep = keep or ("scores" if {"literal", "paper"} & set(names) else "all")
     return (print(room.outlook(targets, every, budget, rates, keep)) if dry_run else
-            _carry_out(targets, every, out, budget, workers, keep, quiet, extra))
+            _carry_out(targets, every, out, budget, workers, keep, quiet, extra, from_))
 
 # %% ../nbs/cli.ipynb #2cb96b40
-def _carry_out(targets, every, out, budget, workers, keep, quiet, extra):
+def _carry_out(targets, every, out, budget, workers, keep, quiet, extra, files):
     "Compute, draw, say what failed"
     from tocoad.paper.reproduce import reproduce
     writable(out)
     log, still = logger(out / "reproduce.log", quiet), quiet or not sys.stderr.isatty()
-    failed = reproduce(targets, every, out, budget, workers, keep, log, still, extra)
+    failed = reproduce(targets, every, out, budget, workers, keep, log, still, extra, files)
     for t, reasons in failed.items():
         for why in dict.fromkeys(reasons):
             say(f"{t}: {why}")

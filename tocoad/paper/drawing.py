@@ -47,6 +47,8 @@ def forest(
         _intervals(ax, series, labels)
         ax.set_title(name, fontsize=9)
     axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .4, -.6))
+    if not labels:
+        axes[0].text(.02, .5, "no paired difference is there yet", transform=axes[0].transAxes, va="center")
     handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
     fig.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8)

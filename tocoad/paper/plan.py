@@ -214,13 +214,14 @@ def _of_table(t, o, run, make, cfg, masks, there):
     runs = {(row, s): ts for row in o.rows(t) for s in o.seeds if there(ts := run(row, s))}
     for (row, s), ts in runs.items():
         last["metrics", t, row.name, s] = ts["metrics"]
+        last["redraws", t, row.name, s] = make("redraws", cfg(row, s), (scored(ts),), draws=1000)
         last |= {(stage, t, row.name, s): ts[stage] for stage in TRAINING if stage in ts}
     for a, b in against(t, o.bn2):
         seeds = [s for s in o.seeds if (a, s) in runs and (b, s) in runs]
-        sides = tuple(scored(runs[r, s]) for r in (b, a) for s in seeds)
+        sides = tuple(last["redraws", t, r.name, s] for r in (b, a) for s in seeds)
         for m in metrics_of(t) if sides else ():
             if masks or m.startswith("image"):
-                end = make("difference", cfg(a, o.seeds[0]), sides, metric=m, draws=1000)
+                end = make("difference", cfg(a, o.seeds[0]), sides, metric=m)
                 last["difference", t, a.name, b.name, m] = end
     return last
 
@@ -233,7 +234,7 @@ def wanted(
     masks: bool = True, # whether pixel metrics exist
     tour=None, # function: `Config` -> `Task`
     there=lambda ts: True, # function: chain of tasks -> whether to take that run
-) -> dict: # ("metrics" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
+) -> dict: # ("metrics" | "redraws" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
     "All tasks that targets want of a group, by what they are for"
     last, link = {}, cache(link)
     cfg = lambda row, seed: o.config(dataset, category, seed, row)

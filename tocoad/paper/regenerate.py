@@ -69,14 +69,15 @@ def regenerate(
     extra=None, # more parameters for the notebooks
     beside: tuple = (), # more profiles, whose results stand beside
     stored: bool = False, # compute no run
+    files=(), # of results: draw from these alone
 ) -> dict: # target -> list of what failed
     "Tables and figures into a folder"
     failed = {}
-    for one in (o, *(replace(o, profile=p) for p in beside)):
+    for one in () if files else (o, *(replace(o, profile=p) for p in beside)):
         for t, s in _sheets(targets, one, workers, keep, log, quiet, stored).items():
             if Results(s).failed:
                 failed.setdefault(t, []).extend(Results(s).failed)
-    bad = run_notebooks(targets, out, o, log, quiet, extra, beside)
+    bad = run_notebooks(targets, out, o, log, quiet, extra, beside, files)
     for t, why in bad.items():
         failed.setdefault(t, []).append(why)
     write_index(out, bad)
@@ -126,7 +127,7 @@ def forecast(
     return pd.DataFrame(out, columns=columns)
 
 # %% ../../nbs/paper/regenerate.ipynb #6a46e09a
-PARAMETERS = "profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders"
+PARAMETERS = "profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders", "files"
 
 def notebook_of(
     target: str, # of `TARGETS`
@@ -165,11 +166,12 @@ def run_notebook(
     return why
 
 # %% ../../nbs/paper/regenerate.ipynb #15cb15dd
-def _given(o, out, beside):
+def _given(o, out, beside, files):
     "The parameters that every notebook takes"
     return dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()),
                 store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
-                categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings))
+                categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings),
+                files=[str(Path(f).absolute()) for f in files])
 
 @contextmanager
 def _read_only():
@@ -196,14 +198,17 @@ def run_notebooks(
     quiet: bool = True,
     extra=None, # more parameters, for the notebooks that have them
     beside: tuple = (), # more profiles
+    files=(), # of results
 ) -> dict: # target -> why it failed
     "Execute the notebooks of some targets side by side, from what is stored"
-    out, given = Path(out).absolute(), _given(o, out, beside)
+    out, given = Path(out).absolute(), _given(o, out, beside, files)
     def one(t):
         "Execute and time one"
         start, mine = time.perf_counter(), dict(given)
         if t == "panel":
             mine["folders"] = list(map(str, o.panel))
+        if t in (*TOURS, *GALLERIES, "audit"):
+            del mine["files"]
         why = run_notebook(t, out, mine | {k: v for k, v in (extra or {}).items() if k in _parameters(t)})
         log(f"{t}: {why or 'drawn'} ({time.perf_counter() - start:.1f} s)")
         return why

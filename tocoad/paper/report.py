@@ -289,6 +289,7 @@ def notes(r: Results) -> list: # of texts
         "The embedded mini data set stands in for the paper's: its numbers say nothing about the paper's.": s["mini"],
         "DNP is stage I, which trains D; NCL is stage II, which tunes F.": r.target == "table5",
         f"The pseudo-anomalies of all rows are made by {by}.": by,
+        s.get("given"): "given" in s,
         f"Not all runs are there yet: {s.get('left')} are missing. Differences are over the seeds that both rows have.":
             s.get("left"),
         "A control is the same run at rate 0: no weight moves, batch norm takes its statistics from the same forward "

@@ -10,7 +10,7 @@ import json
 from contextlib import contextmanager, suppress
 
 from ..data.errors import BadInput
-from . import budget, plan, regenerate, rows
+from . import budget, from_files, plan, regenerate, rows
 
 # %% ../../nbs/paper/reproduce.ipynb #f6de7d4e
 def parameters(
@@ -36,9 +36,19 @@ def check(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
     budget_of: str | None = None, workers: str | None = None, # such as 40h; an address, or local:N
     pairs=(), dry_run: bool = False, # as for `parameters`; nothing will be computed
+    files=(), # of results to draw from
 ) -> dict: # from `parameters`
     "BadInput if what is asked for does not fit together"
     o = every[0]
+    if files and (figures := [t for t in targets if t.startswith("figure")]):
+        raise BadInput(f"--from: {' '.join(figures)} {'show' if figures[1:] else 'shows'} images, which files of "
+                       "results do not hold: name tables, verdict or panel.")
+    if files and (o.root or o.folders or budget_of or workers or dry_run):
+        raise BadInput("--from draws from files and computes nothing: leave --root, --folders, --budget, --workers and "
+                       "--dry-run out.")
+    if files:
+        from_files.files_in(files)
+        return parameters(pairs, targets)
     if o.folders and targets != ["panel"]:
         raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
                        "from --root; folders of your choice are for `tocoad reproduce panel`.")
@@ -118,9 +128,14 @@ def reproduce(
     targets, every, out, # of `rows.TARGETS`; `plan.Options` of each profile; folder of the reports
     budget_of: str | None = None, workers: str | None = None, # as for `check`
     keep: str = "all", log=print, quiet: bool = False, extra=None, # see `sheets.compute`; from `parameters`
+    files=(), # of results: draw from these, compute nothing
 ) -> dict: # target -> list of what failed
     "Compute, as far as a budget goes, and draw"
     profiles = [o.profile for o in every]
+    if files:
+        log(f"{' '.join(targets)}: from {' '.join(map(str, files))}")
+        return regenerate.regenerate(targets, every[0], out, None, keep, log, quiet, extra or {}, tuple(profiles[1:]),
+                                     files=files)
     log(f"{' '.join(targets)}: profile {' and '.join(profiles)}, seeds {' '.join(map(str, every[0].seeds))}")
     with client(workers) as them:
         if budget_of:

@@ -75,7 +75,7 @@ def _trained(out, last, t, row, seed):
 def _enter(got, at, kind, names, end, r, what, t, o):
     "Put what came of one task into a sheet"
     if isinstance(r, str):
-        if kind not in ("difference", *TRAINING):
+        if kind not in ("redraws", "difference", *TRAINING):
             row, seed = names or (kind, o.seeds[0])
             got["failed"].append(at | dict(row=row, seed=seed, reason=r))
     elif kind == "metrics":
@@ -85,7 +85,7 @@ def _enter(got, at, kind, names, end, r, what, t, o):
     elif kind == "difference":
         interval = {k: _percent(r["values"][k]) for k in ("mean", "low", "high")}
         got["differences"].append(at | dict(row=names[0], base=names[1], metric=names[2], **interval))
-    elif kind not in TRAINING:
+    elif kind not in ("redraws", *TRAINING):
         got["arrays"].append(at | dict(kind=kind, stage=end.stage, key=end.key, values=r["values"]))
 
 def _percent(x):
@@ -163,7 +163,7 @@ def _read(targets, o, dataset, category, store):
         raise BadInput(f"{dataset}/{category}: {off}; a split of one's own fills no cell of the paper's tables: "
                        "run it with `tocoad reproduce panel --folders`.")
     known = dict(fingerprint=data.fingerprint, masks=data.test.masks is not None, images=len(data.train),
-                 labels=data.test.labels.int().tolist(), defects=list(data.test.defects))
+                 labels=data.test.labels.int().tolist(), defects=list(data.test.defects), own_split=bool(unlike(data)))
     write_json(known, _note(store, at[0], o.config(dataset, category, 0, FROZEN)), "--store")
     return data, at
 
@@ -270,9 +270,13 @@ def compute(
 def results(
     target: str, # of `TARGETS`
     profile="smoke", # or several: the results of the others stand in `beside`
+    files=(), # of results, or folders of such: nothing is computed, see `from_files.results`
     **parameters, # root, seeds, categories, settings, store, device: see `options`
 ) -> Results:
-    "The results of a table or figure, from the store or computed now"
+    "The results of a table or figure, from files, from the store or computed now"
+    if files:
+        from tocoad.paper import from_files
+        return from_files.results(target, files, profile, **parameters)
     first, *others = (profile,) if isinstance(profile, str) else profile
     o = options(first, **parameters)
     plan.check([target], o)

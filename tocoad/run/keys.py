@@ -61,7 +61,8 @@ _TOUR = dict.fromkeys((*TOCOAD["stage1"].fields, *TOCOAD["memory"].fields, *TOCO
                        "view_of", "scale", "colour", "loss"))
 SHARED = {
     "metrics": Stage("run.stages.metrics", work=.2, judges=True),
-    "difference": Stage("run.stages.difference", work=.2, judges=True),
+    "redraws": Stage("run.stages.redraws", work=.2, judges=True),
+    "difference": Stage("run.stages.difference", work=.01),
     "gallery": Stage("run.stages.gallery", work=.2, judges=True),
     "tour": Stage("paper.tour.tour", tuple(_TOUR), ("loss", "views", "patches"))}
 STAGES = TOCOAD | SHARED
