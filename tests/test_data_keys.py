@@ -68,10 +68,11 @@ def test_stages_read_fields_of_the_data_and_run_none_of_its_code():
     for name, stage, *needs in (
             ("stage1", "stage1"), ("stage2", "stage2", "stage1"), ("alone", "contrastive"), ("M", "memory", "stage2"),
             ("s", "scores", "M", "stage2"), ("M0", "memory"), ("s0", "scores", "M0"), ("metrics", "metrics", "s"),
-            ("curve", "curve", "stage2"), ("r", "redraws", "s"), ("r0", "redraws", "s0"), ("difference", "difference", "r0", "r"), ("gallery", "gallery", "s0", "s"),
+            ("curve", "curve", "stage2"), ("r", "redraws", "s"),
+            ("r0", "redraws", "s0"), ("difference", "difference", "r0", "r"), ("gallery", "gallery", "s0", "s"),
             ("tour", "tour", "stage1", "stage2", "M", "s", "s0")):
         got[name] = run(stage, *needs)
-    ran = {"stage1", "stage2", "contrastive", "memory", "scores", "metrics", "redraws", "curve", "difference", "gallery",
-           "tour"}
+    ran = {"stage1", "stage2", "contrastive", "memory", "scores", "metrics", "redraws", "curve", "difference",
+           "gallery", "tour"}
     assert {s.function.rpartition(".")[2] for s in STAGES.values()} <= ran
     assert got["metrics"][0]["image_auroc"] >= 0
