@@ -38,7 +38,7 @@ def touched(edited, chosen=None):
     ("method.nsa", {"stage1", "stage2", "tour"}), ("method.contrast", {"stage2", "contrastive", "tour"}),
     ("method.finetune", {"stage2", "contrastive"}), ("method.features", EVERY - JUDGED),
     ("method.memory", SCORED), ("method.coreset", SCORED - {"tour"}), ("method.weights", EVERY - JUDGED),
-    ("measure.metrics", {"metrics", "redraws", "difference", "curve"}),
+    ("measure.metrics", {"metrics", "redraws", "curve"}),
     ("measure.intervals", {"redraws", "difference"}),
     ("data.layouts", set()), ("data.archives", set()), ("data.mini", set()), ("data.load", set()),
     ("paper.published", set()), ("paper.gaps", set()), ("paper.report", set()), ("paper.drawing", set()),
