@@ -132,6 +132,36 @@ def test_exported_and_taken_in_elsewhere(there, tmp_path, capsys):
     assert {s["target"] for s in head["tables"]} == {"panel"} and len(head["sets"]) == 2
 
 
+def test_a_table_from_a_file_alone(there, tmp_path, capsys):
+    _, o, sheet = there
+    file, out = tmp_path / "results.jsonl", tmp_path / "out"
+    assert main(["runs", "export", str(file), "--for", "panel", "--store", o.store]) == 0
+    assert main(["reproduce", "panel", "--from", str(file), "--out", str(out), "--quiet"]) == 0
+    drawn = (out / "tables" / "panel.csv").read_text()
+    assert all(x["row"] in drawn for x in sheet["runs"])
+    assert "results.jsonl" in (out / "tables" / "panel.md").read_text()
+    capsys.readouterr()
+    for words, says in (
+        (["figure1", "--from", str(file)], "figure1 shows images"),
+        (["table1", "--from", str(file), "--root", "."], "leave --root"),
+        (["table1", "--from", str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
+        (["table1", "--from", str(out)], "there are no files of results"),
+    ):
+        assert main(["reproduce", *words, "--out", str(tmp_path / "other")]) in (1, 2)
+        assert says in capsys.readouterr().err
+
+
+def test_some_of_it_computed_again(there, tmp_path, capsys):
+    root, o, sheet = there
+    file = tmp_path / "results.jsonl"
+    assert main(["runs", "export", str(file), "--for", "panel", "--store", o.store]) == 0
+    folders = ["--folders", *map(str, o.folders)]
+    assert main(["runs", "check", str(file), "--sample", "2", "--device", "cpu", *folders]) == 0
+    assert capsys.readouterr().out.count("True") >= 2
+    assert main(["runs", "check", str(file)]) == 1
+    assert "the images of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, says",
     [

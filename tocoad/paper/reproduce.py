@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from ..data.errors import BadInput
 from . import budget, from_files, plan, regenerate, rows
+from ..run import exchange
 
 # %% ../../nbs/paper/reproduce.ipynb #f6de7d4e
 def parameters(
@@ -47,7 +48,7 @@ def check(
         raise BadInput("--from draws from files and computes nothing: leave --root, --folders, --budget, --workers and "
                        "--dry-run out.")
     if files:
-        from_files.files_in(files)
+        exchange.pool(from_files.files_in(files))
         return parameters(pairs, targets)
     if o.folders and targets != ["panel"]:
         raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "

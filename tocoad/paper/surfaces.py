@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..measure.intervals import Interval, mean_interval
+from ..measure.intervals import mean_interval
 from .panel import differences, places
 from .report import Results
 from .verdict import LEAST, holm, p_value
