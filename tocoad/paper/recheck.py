@@ -112,6 +112,6 @@ def recheck(
         for k in TRAINED_POINTS:
             if m["values"].get(k) is not None:
                 said, found, limit = 100 * m["values"][k], 100 * values[k], tolerance(run, every, k)
-                out.append(dict(run=named(run), metric=k, file=said, here=found, difference=found - said, tolerance=limit,
-                                agrees=abs(found - said) <= limit))
+                out.append(dict(run=named(run), metric=k, file=said, here=found, difference=found - said,
+                                tolerance=limit, agrees=abs(found - said) <= limit))
     return pd.DataFrame(out)
