@@ -23,11 +23,11 @@ def moved(room, old, new):
 
 @pytest.mark.parametrize("room,old,new", [
     ("data.layouts", "LAYOUTS = {", 'LAYOUTS = {"flat": Layout(holding("flat"), read_folder, "<category>/flat"),'),
-    ("data.layouts", "name = m.stem.removesuffix", "name = m.name.removesuffix"),
+    ("data.layouts", "short = m.stem.removesuffix", "short = m.name.removesuffix"),
     ("data.mini", "r - 0.56", "r - 0.57"), ("data.mini", "_bevel", "_slope"), ("data.load", "min(32,", "min(16,"),
     ("data.archives", "else 2.5", "else 3.5"), ("data.verify", "w not in (None, n)", "w != n"),
     ("data.sets", "952", "953"), ("data.images", "linewidths=1.2", "linewidths=1.5"),
-    ("data.images", "Split({len", "Images({len"), ("data.images", "c > 0.5", "c > 0")])
+    ("data.images", "Split({len", "Images({len"), ("data.masks", "c > 0.5", "c > 0")])
 def test_a_reader_a_painter_and_a_drawing_move_no_key(room, old, new):
     assert moved(room, old, new) == set()
 

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from .archives import SUMS, parts, write_sums
 from .errors import BadInput, one_of, printable
-from .images import SUFFIXES, binary, open_image, upright
+from .images import SUFFIXES, Picture, open_image, squared
 from .layouts import LAYOUTS, Item, image_files, recognise
+from .masks import Drawn, encoding, look, unfit
 from .sets import DATASETS, tally, title
 
 # %% ../../nbs/data/5_verify.ipynb #b3571436
@@ -63,15 +64,15 @@ class Report:
 
 # %% ../../nbs/data/5_verify.ipynb #f8c63a2a
 class _Seen(NamedTuple):
-    size: tuple | None = None # (width, height), upright
+    image: Picture | None = None # without its pixels
+    mask: Drawn | None = None
     hash: str | None = None
-    empty: bool = False # a mask without a marked pixel
     wrong: str = "" # why it cannot be read
 
 def _picture(name): return Path(name).suffix.lower() in SUFFIXES and not Path(name).name.startswith(".")
 
-def _look(path, name, cut, hashed):
-    "One file; cut: None for an image, a number for a mask"
+def _look(path, name, masks, hashed):
+    "One file; masks: the paths of all masks"
     found = None
     try:
         if path.exists() and not path.is_file():
@@ -81,7 +82,9 @@ def _look(path, name, cut, hashed):
         if not _picture(name):
             return _Seen(hash=found)
         im = open_image(name, data)
-        return _Seen(upright(im).size, found, cut is not None and not binary(im, cut).any())
+        if path in masks:
+            return _Seen(mask=look(im, name), hash=found)
+        return _Seen(squared(im)._replace(pixels=None), hash=found)
     except OSError as e:
         return _Seen(wrong=f"{name} cannot be read ({e.strerror})")
     except BadInput as e:
@@ -140,22 +143,31 @@ def _counted(root, dataset, found, items, r):
         r.problems += [f"{p}: {n} images instead of 120" for p, n in have.items() if n != 120]
 
 # %% ../../nbs/data/5_verify.ipynb #36f84686
-def _pairs(category, items, seen, dataset, rel, r):
-    "Images and their masks, and copies at another size"
-    sized = [(i, seen[i.path].size, seen[i.mask].size) for i in items if i.mask]
-    r.problems += [f"{rel(i.mask)} has {b[0]} x {b[1]} pixels but its image {rel(i.path)} {a[0]} x {a[1]}"
-                   for i, a, b in sized if a and b and a != b]
+def _pairs(items, seen, dataset, r):
+    "Images and their masks"
+    drawn = {i.mask: seen[i.mask].mask for i in items if i.mask and seen[i.mask].mask}
     bad = [i for i in items if i.label]
-    naked = [i for i in bad if not i.mask]
-    hollow = [rel(i.mask) for i in bad if i.mask and seen[i.mask].empty]
+    pairs = [(i, seen[i.path].image) for i in items if i.mask in drawn and seen[i.path].image]
+    r.problems += filter(None, (unfit(i, p, drawn[i.mask]) for i, p in pairs))
+    try:
+        cut, said = encoding(drawn, max(i.cut for i in items), [i.mask for i, _ in pairs if not i.label])
+    except BadInput as e:
+        cut, said = 0, []
+        r.problems.append(str(e))
+    naked = [i.path for i in bad if not i.mask]
+    hollow = [i.mask for i in bad if i.mask in drawn and max(drawn[i.mask].levels, default=0) <= cut]
     if dataset != "own" or len(naked) < len(bad): # a user's own data may have none
-        r.problems += [f"{rel(i.path)} is anomalous and has no mask" for i in naked]
+        r.problems += [f"{p} is anomalous and has no mask" for p in naked]
     elif naked:
         r.remarks.append(f"{len(naked)} of {len(bad)} anomalous images have no mask: image scores only")
     if hollow:
         r.remarks.append(f"{len(hollow)} of {len(bad)} masks of anomalous images are empty (first {hollow[0]})")
+    r.remarks += said
+
+def _resized(category, items, seen, dataset, r):
+    "Copies at another size than the published one"
     want = SIZES.get((dataset, category))
-    other = Counter(s for i in items if (s := seen[i.path].size) and want not in (s, None))
+    other = Counter(p.size for i in items if (p := seen[i.path].image) and want not in (p.size, None))
     for (w, h), _ in other.most_common(1):
         which = "the" if other.total() == len(items) else f"{other.total():,} of {len(items):,}"
         r.remarks.append(f"{category}: {which} images are resized copies "
@@ -203,13 +215,13 @@ def _read_all(root, names, read, r):
 
 def _look_all(tree, items, hashed, progress):
     "{path: _Seen}"
-    cuts = {i.mask: i.cut for i in items}
+    masks = {i.mask for i in items}
     names = {p: n for n, p in tree.items()} # a picture may lie outside the tree, behind a link
     own = {p: names.get(p, str(p)) for i in items for p in (i.path, i.mask) if p}
     todo = own | {p: n for p, n in names.items() if hashed or _picture(n)}
     with ThreadPoolExecutor(os.cpu_count()) as ex:
         try:
-            jobs = ex.map(lambda p: _look(p, todo[p], cuts.get(p), hashed), todo)
+            jobs = ex.map(lambda p: _look(p, todo[p], masks, hashed), todo)
             return dict(zip(todo, tqdm(jobs, "verify", len(todo), False, disable=not progress or None), strict=True))
         except BaseException:
             ex.shutdown(cancel_futures=True)
@@ -228,15 +240,18 @@ def verify(
         raise BadInput(f"there is no folder {root}: name the folder that holds the categories")
     dataset, what, names, read = _open_set(root, dataset)
     file = Path(manifest).expanduser() if manifest else root / SUMS
-    r, rel = Report(root, what), lambda p: p.relative_to(root).as_posix()
+    r, rel = Report(root, what), lambda p: Path(os.path.relpath(p, root)).as_posix()
     tree = _tree(root, r)
     items, blocked = _read_all(root, names, read, r)
     every = sum(items.values(), [])
     seen = _look_all(tree, every, bool(manifest) or file.is_file(), progress)
     r.read, r.problems = len(seen), r.problems + [s.wrong for s in seen.values() if s.wrong]
     _counted(root, dataset, names, items, r)
+    shown = {rel(p): s for p, s in seen.items()}
     for c, its in items.items():
-        _pairs(c, its, seen, dataset, rel, r)
+        its = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in its]
+        _pairs(its, shown, dataset, r)
+        _resized(c, its, shown, dataset, r)
     _strays(tree, {p for i in every for p in (i.path, i.mask) if p}, blocked, r)
     now = {n: seen[p].hash for n, p in tree.items() if p in seen and seen[p].hash and p.absolute() != file.absolute()}
     _manifest(file, now, tree, manifest, r)
