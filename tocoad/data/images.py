@@ -128,6 +128,7 @@ class Picture(NamedTuple):
     size: tuple # width, height, upright
     mode: str # Pillow's
     turn: int # of its EXIF note
+    content: str # a hash of the pixels
 
 def squared(
     im: Image.Image, # as `open_image` gives it
@@ -136,8 +137,9 @@ def squared(
 ) -> Picture:
     "An image as a square array"
     full = rgb(im)
-    pixels = np.asarray(square(full, size, shorter)).transpose(2, 0, 1)
-    return Picture(pixels, full.size, im.mode, turn(im))
+    pixels = np.asarray(square(full, size, shorter))
+    content = hashlib.sha256(pixels.tobytes()).hexdigest()
+    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), content)
 
 def read_image(
     path: Path | str, # an image file

@@ -240,6 +240,7 @@ class Layout(NamedTuple):
     find: Callable # folder -> names of the categories in it, none if it is laid out otherwise
     read: Callable # (folder, category) -> list of `Item`
     tree: str # its shape in a few words
+    ours: bool = False # the split of its good images is made here
 
 def holding(
     *need: str, # sub-folders that a category has
@@ -259,11 +260,12 @@ LAYOUTS = {
     "mvtec_ad_2": Layout(holding("test_public"), read_mvtec_ad_2,
                          "<category>/train/good, validation/good, test_public"),
     "kolektor_sdd": Layout(_one("kolektor_sdd", "kos*/*_label.*"), read_kolektor_sdd,
-                           "kos*/Part*.jpg with Part*_label.bmp"),
-    "magnetic_tile": Layout(_one("magnetic_tile", "MT_*/Imgs"), read_magnetic_tile, "MT_*/Imgs"),
+                           "kos*/Part*.jpg with Part*_label.bmp", ours=True),
+    "magnetic_tile": Layout(_one("magnetic_tile", "MT_*/Imgs"), read_magnetic_tile, "MT_*/Imgs", ours=True),
     "mvtec": Layout(holding("train", lack=("train/ok", "test_public", "Data")), read_mvtec,
                     "<category>/train/good, test/good, test/<defect>"),
-    "folder": Layout(holding("good", lack=("train", "Data")), read_folder, "<category>/good, <category>/<defect>")}
+    "folder": Layout(holding("good", lack=("train", "Data")), read_folder, "<category>/good, <category>/<defect>",
+                     ours=True)}
 
 # %% ../../nbs/data/2_layouts.ipynb #79009c4f
 def _elsewhere(root, layouts):

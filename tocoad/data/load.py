@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .checks import contradictions, left_out, strayed, to_train
 from .errors import BadInput, printable
 from .images import CLEAR, Category, Split, cached, fingerprint, open_image, read_image
 from .layouts import LAYOUTS, Found, recognise
@@ -88,9 +89,14 @@ def _remarks(dataset, category, items, about, size, hollow, shorter=False, cast=
     return tuple(map(printable, filter(None, said)))
 
 # %% ../../nbs/data/load.ipynb #2d3acb41
-def _assemble(dataset, category, items, size, shorter, cast):
-    "Tensors by name, fingerprint and remarks"
+def _assemble(dataset, category, items, size, shorter, cast, folder, ours):
+    "Tensors by name, fingerprint, remarks, and which test images were moved to training"
     images, masks, about, told = _decode(items, size, shorter, cast)
+    contents = [p.content for p in about]
+    moved = strayed(items, contents) if ours else []
+    items = to_train(items, moved)
+    told += contradictions(items, contents, lambda p: Path(os.path.relpath(p, folder)).as_posix())
+    told += [f"{len(moved)} copies of training images were kept out of test"] * bool(moved)
     tensors, named = {}, []
     for s in ("train", "test", "validation"):
         k = torch.tensor([i.split == s for i in items])
@@ -104,7 +110,7 @@ def _assemble(dataset, category, items, size, shorter, cast):
     content += [tensors[k] for k in ("validation.images",) if k in tensors]
     hollow = sum(not masks[k].any() for k, i in enumerate(items) if i.mask and i.label)
     notes = _remarks(dataset, category, items, about, size, hollow, shorter, cast) + tuple(map(printable, told))
-    return tensors, dict(fingerprint=fingerprint(*content), notes=notes)
+    return tensors, dict(fingerprint=fingerprint(*content), notes=notes, moved=moved)
 
 # %% ../../nbs/data/load.ipynb #065e1e01
 def _split(name, items, folder, size, tensors):
@@ -143,9 +149,11 @@ def load(
     "One category, decoded, squared and fingerprinted"
     name, layout, base, category = _pick(root, dataset, category)
     items, folder = layout.read(base, category), base / category if (base / category).is_dir() else base
-    make = lambda: _assemble(name, category, items, size, shorter, cast)
+    make = lambda: _assemble(name, category, items, size, shorter, cast, folder, layout.ours)
     state = _state(items, name, category, size, shorter, cast)
     tensors, about = cached(f"{name}-{category}-{size}", state, make) if cache else make()
+    items = to_train(items, about["moved"])
     said = () if root is None or dataset else (f"recognised as {title(name)}, laid out {layout.tree}",)
+    said += tuple(map(printable, left_out(folder, items, layout.tree)))
     train, test, validation = (_split(s, items, folder, size, tensors) for s in ("train", "test", "validation"))
     return Category(name, category, train, test, about["fingerprint"], said + tuple(about["notes"]), validation)

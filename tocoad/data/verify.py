@@ -19,9 +19,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from .archives import SUMS, parts, write_sums
+from .checks import contradictions, left_out, strayed, to_train, walk
 from .errors import BadInput, one_of, printable
 from .images import SUFFIXES, Picture, open_image, squared
-from .layouts import LAYOUTS, Item, image_files, recognise
+from .layouts import LAYOUTS, Item, Layout, image_files, recognise
 from .masks import Drawn, encoding, look, unfit
 from .sets import DATASETS, tally, title
 
@@ -93,13 +94,9 @@ def _look(path, name, masks, hashed):
 # %% ../../nbs/data/5_verify.ipynb #76bccc2b
 def _tree(root, r):
     "{relative path: Path} of all files; a linked folder is followed once; what cannot be entered is a problem"
-    out, seen = {}, set()
-    def _shut(e): r.problems.append(f"{e.filename} cannot be read ({e.strerror})")
-    for d, subs, names in os.walk(root, followlinks=True, onerror=_shut):
-        real = os.path.realpath(d)
-        subs[:] = [s for s in subs if not s.startswith(".") and real not in seen]
-        out |= {} if real in seen else {Path(d, n).relative_to(root).as_posix(): Path(d, n) for n in names}
-        seen.add(real)
+    shut = []
+    out = {p.relative_to(root).as_posix(): p for p in walk(root, shut)}
+    r.problems += [f"{e.filename} cannot be read ({e.strerror})" for e in shut]
     return out
 
 # %% ../../nbs/data/5_verify.ipynb #d7286437
@@ -112,13 +109,13 @@ def _sums(file):
     return {m[2]: m[1].lower() for m in found}
 
 def _open_set(root, dataset):
-    "A set's name, title, categories, and its reader"
+    "A set's name, title, categories, and its layout"
     if dataset is not None:
         one_of(dataset, DATASETS, "the data set")
     if dataset == "dtd" or dataset is None and any((root / p).is_dir() for p in parts("dtd")):
-        return "dtd", title("dtd"), ["dtd"], _read_dtd
+        return "dtd", title("dtd"), ["dtd"], Layout(None, _read_dtd, "images/<class>")
     dataset, layout, names = recognise(root, dataset)
-    return dataset, f"{title(dataset)}, laid out as {layout}: {LAYOUTS[layout].tree}", names, LAYOUTS[layout].read
+    return dataset, f"{title(dataset)}, laid out as {layout}: {LAYOUTS[layout].tree}", names, LAYOUTS[layout]
 
 def _read_dtd(root, category):
     return [Item(f, False, p, None, "all") for p in parts("dtd") for f in image_files(root / p)]
@@ -164,6 +161,11 @@ def _pairs(items, seen, dataset, r):
         r.remarks.append(f"{len(hollow)} of {len(bad)} masks of anomalous images are empty (first {hollow[0]})")
     r.remarks += said
 
+def _doubts(category, items, seen, r):
+    "Copies on both sides of the split, or with both labels"
+    sound = [(i, p.content) for i in items if (p := seen[i.path].image)]
+    r.problems += [f"{category}: {text}" for text in contradictions(*zip(*sound, strict=True))] if sound else []
+
 def _resized(category, items, seen, dataset, r):
     "Copies at another size than the published one"
     want = SIZES.get((dataset, category))
@@ -174,14 +176,12 @@ def _resized(category, items, seen, dataset, r):
                          f"({w} x {h} pixels instead of {want[0]} x {want[1]})")
 
 # %% ../../nbs/data/5_verify.ipynb #1bd50f8a
-def _strays(tree, used, blocked, r):
-    "Files that belong to nothing"
-    beside = {(p.parent, p.stem) for p in used} # label pictures of good images
+def _strays(tree, folders, blocked, r):
+    "Files that belong to nothing; folders: of the categories, whose images are counted elsewhere"
     def _known(name, p):
-        stem = p.stem.removesuffix("_label").removesuffix("_mask")
         text = p.suffix.lower() in (".txt", ".md", ".csv", ".pdf") or p.name in (SUMS, "LICENSE", "LICENSE-DATASET")
-        unread = name.split("/")[0] in blocked or "test_private" in name
-        return p in used or (p.parent, stem) in beside or text or unread
+        counted = _picture(name) and any(p.is_relative_to(d) for d in folders)
+        return counted or text or name.split("/")[0] in blocked
     odd = sorted(n for n, p in tree.items() if not _known(n, p))
     if odd:
         some = ", ".join(odd[:3]) + ", ..." * (len(odd) > 3)
@@ -238,21 +238,27 @@ def verify(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise BadInput(f"there is no folder {root}: name the folder that holds the categories")
-    dataset, what, names, read = _open_set(root, dataset)
+    dataset, what, names, layout = _open_set(root, dataset)
     file = Path(manifest).expanduser() if manifest else root / SUMS
     r, rel = Report(root, what), lambda p: Path(os.path.relpath(p, root)).as_posix()
     tree = _tree(root, r)
-    items, blocked = _read_all(root, names, read, r)
+    items, blocked = _read_all(root, names, layout.read, r)
     every = sum(items.values(), [])
+    folders = {c: root / c if (root / c).is_dir() else root for c in items}
     seen = _look_all(tree, every, bool(manifest) or file.is_file(), progress)
     r.read, r.problems = len(seen), r.problems + [s.wrong for s in seen.values() if s.wrong]
-    _counted(root, dataset, names, items, r)
     shown = {rel(p): s for p, s in seen.items()}
     for c, its in items.items():
-        its = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in its]
-        _pairs(its, shown, dataset, r)
-        _resized(c, its, shown, dataset, r)
-    _strays(tree, {p for i in every for p in (i.path, i.mask) if p}, blocked, r)
+        r.problems += [f"{c}: {text}" for text in left_out(folders[c], its, layout.tree)]
+        named = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in its]
+        if layout.ours:
+            contents = [p.content if (p := shown[i.path].image) else i.path for i in named]
+            items[c] = named = to_train(named, strayed(named, contents))
+        _pairs(named, shown, dataset, r)
+        _doubts(c, named, shown, r)
+        _resized(c, named, shown, dataset, r)
+    _counted(root, dataset, names, items, r)
+    _strays(tree, folders.values(), blocked, r)
     now = {n: seen[p].hash for n, p in tree.items() if p in seen and seen[p].hash and p.absolute() != file.absolute()}
     _manifest(file, now, tree, manifest, r)
     return r
