@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLEAR', 'SUFFIXES', 'FORMATS', 'LIMIT', 'EMBEDDED', 'turn', 'upright', 'rgb', 'square', 'crop', 'to_float',
-           'open_image', 'Picture', 'squared', 'read_image', 'show', 'Split', 'Category', 'fingerprint', 'cached',
-           'photo', 'textures']
+           'open_image', 'Picture', 'squared', 'read_image', 'show', 'Split', 'Category', 'photo', 'textures']
 
 # %% ../../nbs/data/1_images.ipynb #f74cc246
 import hashlib
 import io
-import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,11 +22,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from .cache import cached
 from .errors import BadInput
-from ..files import cache_dir, source_hash, state_of, whole
+from ..files import source_hash, state_of
 
 # %% ../../nbs/data/1_images.ipynb #fc09e56e
 CLEAR = ("LA", "La", "PA", "RGBA", "RGBa") # modes with transparency
@@ -46,11 +42,14 @@ def upright(im: Image.Image) -> Image.Image: # as it is stored; as it was seen
         return im if turn(im) == 1 else ImageOps.exif_transpose(im)
     return im
 
-def rgb(im: Image.Image) -> Image.Image: # any mode; 8 bits a channel, upright
+def rgb(
+    im: Image.Image, # any mode
+    top: int = 65535, # what becomes 255 where there are more than 8 bits, see `data.depth`
+) -> Image.Image: # 8 bits a channel, upright
     "An image in any mode as RGB"
     im = upright(im)
     if im.mode[0] == "I":
-        im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
+        im = Image.fromarray((np.asarray(im).clip(0, top) / (top / 255)).round().astype(np.uint8))
     if im.mode in CLEAR or "transparency" in im.info:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -99,7 +98,13 @@ def _whole(im):
         raise ValueError(f"it holds {im.n_frames} pictures instead of one")
     if im.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: store 8 or 16 bits")
+    halved = ";16" in str(getattr(im, "tile", "")) and im.mode[0] != "I" # of two bytes the first is kept
     im.load()
+    low, high = np.min(im.getextrema()), np.max(im.getextrema()) if im.mode[0] == "I" or halved else 0
+    if low < 0 or high > 65535:
+        raise ValueError(f"pixels from {low} to {high} have no agreed range: store 8 or 16 bits")
+    if halved and 0 < high < 16:
+        raise ValueError("16-bit colours that end below 4096 would keep 4 of their bits: store 8 bits")
     return im
 
 # %% ../../nbs/data/1_images.ipynb #0995b040
@@ -129,25 +134,28 @@ class Picture(NamedTuple):
     mode: str # Pillow's
     turn: int # of its EXIF note
     content: str # a hash of the pixels
+    peak: int | None # the largest number, where there are more than 8 bits
 
 def squared(
     im: Image.Image, # as `open_image` gives it
     size: int = 256, # side of the square, pixels
     shorter: bool = False, # see `square`
+    top: int = 65535, # see `rgb`
 ) -> Picture:
     "An image as a square array"
-    full = rgb(im)
+    full, peak = rgb(im, top), int(np.max(im.getextrema())) if im.mode[0] == "I" else None
     pixels = np.asarray(square(full, size, shorter))
     content = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), content)
+    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), content, peak)
 
 def read_image(
     path: Path | str, # an image file
     size: int = 256, # side of the square, pixels
     shorter: bool = False, # see `square`
+    top: int = 65535, # see `rgb`
 ) -> Picture:
     "One image file, decoded and squared"
-    return squared(open_image(path), size, shorter)
+    return squared(open_image(path), size, shorter, top)
 
 # %% ../../nbs/data/1_images.ipynb #5fc15b91
 def _pixels(x):
@@ -256,34 +264,6 @@ class Category:
             "| split | defect | images | defect's area, % |", "|---|---|---:|---:|",
             *(row for name, s in splits.items() if s is not None for row in _rows(s, f"| {name} ")),
             "", *(f"- {n}" for n in self.notes)])
-
-# %% ../../nbs/data/1_images.ipynb #a646273b
-def fingerprint(*tensors) -> str: # 32 hexadecimal digits
-    "A hash of the content of tensors or Nones (BLAKE2b), the same on every machine"
-    h = hashlib.blake2b(digest_size=16)
-    for t in tensors:
-        h.update(repr(t if t is None else (str(t.dtype), tuple(t.shape))).encode())
-        if t is not None:
-            h.update(t.contiguous().cpu().numpy())
-    return h.hexdigest()
-
-# %% ../../nbs/data/1_images.ipynb #f6a8bec2
-def cached(
-    name: str, # of the data
-    what: list, # all that it depends on; its `repr` is hashed
-    make: Callable, # () -> tensors by name, remarks that JSON can hold
-) -> tuple: # tensors, remarks
-    "What `make` gives, kept in the cache as long as there is room"
-    key = hashlib.blake2b(repr(what).encode(errors="surrogateescape"), digest_size=12).hexdigest()
-    file = cache_dir() / f"{name}-{key}.safetensors"
-    with suppress(OSError, SafetensorError, TypeError), safe_open(file, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
-    tensors, about = make()
-    with suppress(OSError, SafetensorError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(file) as aside:
-            save_file(tensors, aside, {"about": json.dumps(about)})
-    return tensors, about
 
 # %% ../../nbs/data/1_images.ipynb #790cf009
 EMBEDDED = ("astronaut camera chelsea clock coffee coins colorwheel hubble_deep_field "

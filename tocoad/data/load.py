@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checks import contradictions, left_out, strayed, to_train
+from .cache import cached, fingerprint
+from .checks import contradictions, groups, left_out, strayed, to_train
+from .depth import SCALES, deep, full_scale
 from .errors import BadInput, printable
-from .images import CLEAR, Category, Split, cached, fingerprint, open_image, read_image
+from .images import CLEAR, Category, Split, open_image, read_image
 from .layouts import LAYOUTS, Found, recognise
 from .masks import encoding, look, read_mask, unfit
 from .mini import MINI, SETS, mini_root
@@ -30,8 +32,8 @@ def _decode(items, size, shorter=False, cast=False):
     "Images, masks, a `Picture` without pixels of each, remarks"
     n, with_mask = len(items), [k for k, i in enumerate(items) if i.mask]
     images, masks = np.empty((n, 3, size, size), np.uint8), np.zeros((n, size, size), bool)
-    def _image(k):
-        p = read_image(items[k].path, size, shorter)
+    def _image(k, top=SCALES[-1]):
+        p = read_image(items[k].path, size, shorter, top)
         images[k] = p.pixels
         return p._replace(pixels=None)
     def _mask(k): masks[k] = read_mask(items[k].mask, size, cut, shorter, cast)[0]
@@ -39,6 +41,8 @@ def _decode(items, size, shorter=False, cast=False):
         files = [items[k].mask for k in with_mask]
         looks = dict(zip(files, ex.map(lambda m: look(open_image(m), m), files), strict=True))
         about = list(ex.map(_image, range(n)))
+        if (top := full_scale([p.peak for p in about])) < SCALES[-1]:
+            about = list(ex.map(_image, range(n), [top] * n))
         for why in (unfit(items[k], about[k], looks[items[k].mask]) for k in with_mask):
             if why:
                 raise BadInput(why)
@@ -95,6 +99,7 @@ def _assemble(dataset, category, items, size, shorter, cast, folder, ours):
     contents = [p.content for p in about]
     moved = strayed(items, contents) if ours else []
     items = to_train(items, moved)
+    told += deep(*groups(items, [p.peak for p in about]))
     told += contradictions(items, contents, lambda p: Path(os.path.relpath(p, folder)).as_posix())
     told += [f"{len(moved)} copies of training images were kept out of test"] * bool(moved)
     tensors, named = {}, []

@@ -19,7 +19,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .archives import SUMS, parts, write_sums
-from .checks import contradictions, left_out, strayed, to_train, walk
+from .checks import contradictions, groups, left_out, strayed, to_train, walk
+from .depth import deep
 from .errors import BadInput, one_of, printable
 from .images import SUFFIXES, Picture, open_image, squared
 from .layouts import LAYOUTS, Item, Layout, image_files, recognise
@@ -162,9 +163,15 @@ def _pairs(items, seen, dataset, r):
     r.remarks += said
 
 def _doubts(category, items, seen, r):
-    "Copies on both sides of the split, or with both labels"
-    sound = [(i, p.content) for i in items if (p := seen[i.path].image)]
-    r.problems += [f"{category}: {text}" for text in contradictions(*zip(*sound, strict=True))] if sound else []
+    "Copies on both sides of the split or with both labels, and images of another depth"
+    sound = [(i, p) for i in items if (p := seen[i.path].image)]
+    listed = contradictions([i for i, _ in sound], [p.content for _, p in sound])
+    try:
+        said = deep(*groups([i for i, _ in sound], [p.peak for _, p in sound]))
+        r.remarks += [f"{category}: {text}" for text in said]
+    except BadInput as e:
+        listed.append(str(e))
+    r.problems += [f"{category}: {text}" for text in listed]
 
 def _resized(category, items, seen, dataset, r):
     "Copies at another size than the published one"
