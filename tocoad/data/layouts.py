@@ -210,8 +210,10 @@ def read_kolektor_sdd(
     category: str = "kolektor_sdd",
 ) -> list: # of `Item`
     "KolektorSDD as its authors lay it out"
-    root = Path(root)
-    every = [i for d in sorted(root.glob("kos*")) for i in _part("test", "defect", image_files(d))]
+    root, every = Path(root), []
+    for d in sorted(root.glob("kos*")):
+        labels = [p for p in image_files(d) if p.stem.endswith("_label")]
+        every += _part("test", "defect", [p for p in image_files(d) if p not in labels], labels)
     for p in (i.path for i in every if not i.mask):
         raise BadInput(f"{p} has no label picture ({p.stem}_label.bmp): unpack the archive anew")
     looks = {i.mask: look(open_image(i.mask), i.mask) for i in every}
