@@ -856,7 +856,7 @@ OTHERS = [  # what, layout, harm, words
     (
         "label of another size",
         "kolektor_sdd",
-        put("kos01/Part0_label.bmp", lambda: saved("BMP", "L", (10, 12))),
+        put("kos01/Part0_label.bmp", lambda: saved("BMP", "1", (10, 12))),
         ["Part0_label.bmp", "10 x 12"],
     ),
     ("corrupt picture", "kolektor_sdd", cut("kos01/Part1.jpg"), ["kos01/Part1.jpg", "truncated"]),

@@ -15,9 +15,10 @@ from planned import exact, seen
 from torch.nn.functional import interpolate
 
 from tocoad.data.errors import BadInput
-from tocoad.data.images import binary, open_image, rgb
+from tocoad.data.images import open_image, rgb
 from tocoad.data.layouts import DATASETS, LAYOUTS, categories, recognise
 from tocoad.data.load import load
+from tocoad.data.masks import binary
 from tocoad.data.trees import NAMES, plan, write_layout
 
 N = (5, 2, 2)

@@ -9,54 +9,65 @@ __all__ = ['load']
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from inspect import getmodule
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .cache import cached, fingerprint
+from .checks import contradictions, groups, left_out, strayed, to_train
+from .depth import SCALES, deep, full_scale
 from .errors import BadInput, printable
-from .images import DECODERS, Category, Split, cached, fingerprint, read_image, read_mask
+from .images import CLEAR, Category, Split, open_image, read_image
 from .layouts import LAYOUTS, Found, recognise
+from .masks import encoding, look, read_mask, unfit
 from .mini import MINI, SETS, mini_root
 from .sets import tally, title
 from ..files import source_hash, state_of
 
 # %% ../../nbs/data/load.ipynb #695c3b40
 def _decode(items, size, shorter=False, cast=False):
-    n = len(items)
+    "Images, masks, a `Picture` without pixels of each, remarks"
+    n, with_mask = len(items), [k for k, i in enumerate(items) if i.mask]
     images, masks = np.empty((n, 3, size, size), np.uint8), np.zeros((n, size, size), bool)
-    def _one(k):
-        it = items[k]
-        images[k], wh, mode = read_image(it.path, size, shorter)
-        if it.mask:
-            masks[k], mwh = read_mask(it.mask, size, it.cut, shorter, cast)
-            if mwh != wh:
-                raise BadInput(f"{it.mask} has {mwh[0]} x {mwh[1]} pixels but its image {it.path} {wh[0]} x {wh[1]}: "
-                               "a mask must have its image's size")
-        return *wh, mode
+    def _image(k, top=SCALES[-1]):
+        p = read_image(items[k].path, size, shorter, top)
+        images[k] = p.pixels
+        return p._replace(pixels=None)
+    def _mask(k): masks[k] = read_mask(items[k].mask, size, cut, shorter, cast)[0]
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as ex:
-        about = list(ex.map(_one, range(n)))
-    return torch.from_numpy(images), torch.from_numpy(masks), about
+        files = [items[k].mask for k in with_mask]
+        looks = dict(zip(files, ex.map(lambda m: look(open_image(m), m), files), strict=True))
+        about = list(ex.map(_image, range(n)))
+        if (top := full_scale([p.peak for p in about])) < SCALES[-1]:
+            about = list(ex.map(_image, range(n), [top] * n))
+        for why in (unfit(items[k], about[k], looks[items[k].mask]) for k in with_mask):
+            if why:
+                raise BadInput(why)
+        cut, said = encoding(looks, max(i.cut for i in items), [i.mask for i in items if i.mask and not i.label])
+        list(ex.map(_mask, with_mask))
+    return torch.from_numpy(images), torch.from_numpy(masks), about, said
 
 def _state(items, *how): # how: size, shorter, cast
     "All that decoded images depend on"
-    code = source_hash(*DECODERS, _decode, fingerprint)
+    code = source_hash(getmodule(read_image), getmodule(read_mask), _decode)
     files = [(os.path.abspath(p), *state_of(p)) for i in items for p in (i.path, i.mask) if p]
     return [how, Image.__version__, code, files, [(i.label, i.split, i.cut) for i in items]]
 
 # %% ../../nbs/data/load.ipynb #a50a6f28
-_GREY, _CLEAR = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N"), ("LA", "La", "PA", "RGBA", "RGBa")
+_GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _SAID = (dict.fromkeys(_GREY, "grey: the value is repeated in three channels")
-         | dict.fromkeys(_CLEAR, "transparent: white shows through") | dict.fromkeys(("RGB", "P", "RGBX")))
+         | dict.fromkeys(CLEAR, "transparent: white shows through") | dict.fromkeys(("RGB", "P", "RGBX")))
 
 def _modes(about):
-    said = Counter(_SAID.get(mode, f"{mode}: converted to RGB without a colour profile") for *_, mode in about)
+    said = Counter(_SAID.get(p.mode, f"{p.mode}: converted to RGB without a colour profile") for p in about)
     part = lambda n: "all" if n == len(about) else f"{n} of {len(about)}"
     return [f"{part(n)} images are {what}" for what, n in said.items() if what]
 
 def _sizes(about, size, shorter):
-    sizes = sorted({tuple(a[:2]) for a in about})
+    sizes = sorted({p.size for p in about})
     if sizes == [(size, size)]:
         return None
     first, last = (" x ".join(map(str, s)) for s in (sizes[0], sizes[-1]))
@@ -82,9 +93,15 @@ def _remarks(dataset, category, items, about, size, hollow, shorter=False, cast=
     return tuple(map(printable, filter(None, said)))
 
 # %% ../../nbs/data/load.ipynb #2d3acb41
-def _assemble(dataset, category, items, size, shorter, cast):
-    "Tensors by name, fingerprint and remarks"
-    images, masks, about = _decode(items, size, shorter, cast)
+def _assemble(dataset, category, items, size, shorter, cast, folder, ours):
+    "Tensors by name, fingerprint, remarks, and which test images were moved to training"
+    images, masks, about, told = _decode(items, size, shorter, cast)
+    contents = [p.content for p in about]
+    moved = strayed(items, contents) if ours else []
+    items = to_train(items, moved)
+    told += deep(*groups(items, [p.peak for p in about]))
+    told += contradictions(items, contents, lambda p: Path(os.path.relpath(p, folder)).as_posix())
+    told += [f"{len(moved)} copies of training images were kept out of test"] * bool(moved)
     tensors, named = {}, []
     for s in ("train", "test", "validation"):
         k = torch.tensor([i.split == s for i in items])
@@ -97,8 +114,8 @@ def _assemble(dataset, category, items, size, shorter, cast):
     content = [tensors["train.images"], tensors["test.images"], torch.cat(named[:2]), tensors.get("test.masks")]
     content += [tensors[k] for k in ("validation.images",) if k in tensors]
     hollow = sum(not masks[k].any() for k, i in enumerate(items) if i.mask and i.label)
-    notes = _remarks(dataset, category, items, about, size, hollow, shorter, cast)
-    return tensors, dict(fingerprint=fingerprint(*content), notes=notes)
+    notes = _remarks(dataset, category, items, about, size, hollow, shorter, cast) + tuple(map(printable, told))
+    return tensors, dict(fingerprint=fingerprint(*content), notes=notes, moved=moved)
 
 # %% ../../nbs/data/load.ipynb #065e1e01
 def _split(name, items, folder, size, tensors):
@@ -137,9 +154,11 @@ def load(
     "One category, decoded, squared and fingerprinted"
     name, layout, base, category = _pick(root, dataset, category)
     items, folder = layout.read(base, category), base / category if (base / category).is_dir() else base
-    make = lambda: _assemble(name, category, items, size, shorter, cast)
+    make = lambda: _assemble(name, category, items, size, shorter, cast, folder, layout.ours)
     state = _state(items, name, category, size, shorter, cast)
     tensors, about = cached(f"{name}-{category}-{size}", state, make) if cache else make()
+    items = to_train(items, about["moved"])
     said = () if root is None or dataset else (f"recognised as {title(name)}, laid out {layout.tree}",)
+    said += tuple(map(printable, left_out(folder, items, layout.tree)))
     train, test, validation = (_split(s, items, folder, size, tensors) for s in ("train", "test", "validation"))
     return Category(name, category, train, test, about["fingerprint"], said + tuple(about["notes"]), validation)

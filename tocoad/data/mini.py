@@ -7,12 +7,14 @@ __all__ = ['MINI', 'OBJECTS', 'SURFACE', 'BROKEN', 'GAIN', 'SETS', 'mini_defects
 
 # %% ../../nbs/data/3_mini.ipynb #22601512
 import os
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from scipy.ndimage import binary_closing
 
@@ -251,6 +253,25 @@ def write_mini(
 _PAINTERS = (*OBJECTS.values(), *SURFACE.values(), *BROKEN.values(), mini_defects, draw, write_mini, photo,
              _texture, _field, _ink, _over, _bevel, _ring, _box, _pins, _screw, _path, _spot, _blob)
 
+def _list(folder): return folder.with_name(f"{folder.name}.txt")
+
+def _complete(folder):
+    "Whether a drawn set has every file that was written, with its size"
+    if not _list(folder).is_file():
+        return False
+    rows = (line.rsplit(" ", 1) for line in _list(folder).read_text().splitlines())
+    return all((p := folder / name).is_file() and p.stat().st_size == int(n) for name, n in rows)
+
+def _written(folder, categories, n):
+    "A drawn set and the list of its files, unless it is complete"
+    if _complete(folder):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    write_mini(folder, categories=categories, n=n)
+    rows = (f"{p.relative_to(folder).as_posix()} {p.stat().st_size}\n" for p in sorted(folder.rglob("*.png")))
+    with whole(_list(folder)) as aside:
+        aside.write_text("".join(rows))
+
 SETS = {"mini": (32, 8, 4), "lab": (64, 120, 40)} # images of a category: train, good test, each defect
 
 def mini_root(
@@ -261,11 +282,11 @@ def mini_root(
     few = () if tuple(categories) == MINI else categories
     name = "-".join([kind, *few, source_hash(*_PAINTERS, also=(MINI, sorted(GAIN.items())))])
     for base in (cache_dir(), Path(tempfile.gettempdir()) / "tocoad"):
-        if not (base / name).is_dir():
-            with suppress(OSError):
+        with suppress(OSError):
+            if not _complete(base / name):
                 base.mkdir(parents=True, exist_ok=True)
-                write_mini(base / name, categories=categories, n=SETS[kind])
-        if (base / name).is_dir(): # written now, before, or by another process at the same time
+                with FileLock(base / f"{name}-lock.txt"): # another process may write it at the same time
+                    _written(base / name, categories, SETS[kind])
             return base / name
     raise BadInput(f"cannot write the {kind} data set to {cache_dir()}: "
                    "set TOCOAD_CACHE to a folder that can be written")

@@ -19,9 +19,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from .archives import SUMS, parts, write_sums
+from .checks import contradictions, groups, left_out, strayed, to_train, walk
+from .depth import deep
 from .errors import BadInput, one_of, printable
-from .images import SUFFIXES, binary, open_image, upright
-from .layouts import LAYOUTS, Item, image_files, recognise
+from .images import SUFFIXES, Picture, open_image, squared
+from .layouts import LAYOUTS, Item, Layout, image_files, recognise
+from .masks import Drawn, encoding, look, unfit
 from .sets import DATASETS, tally, title
 
 # %% ../../nbs/data/5_verify.ipynb #b3571436
@@ -63,15 +66,15 @@ class Report:
 
 # %% ../../nbs/data/5_verify.ipynb #f8c63a2a
 class _Seen(NamedTuple):
-    size: tuple | None = None # (width, height), upright
+    image: Picture | None = None # without its pixels
+    mask: Drawn | None = None
     hash: str | None = None
-    empty: bool = False # a mask without a marked pixel
     wrong: str = "" # why it cannot be read
 
 def _picture(name): return Path(name).suffix.lower() in SUFFIXES and not Path(name).name.startswith(".")
 
-def _look(path, name, cut, hashed):
-    "One file; cut: None for an image, a number for a mask"
+def _look(path, name, masks, hashed):
+    "One file; masks: the paths of all masks"
     found = None
     try:
         if path.exists() and not path.is_file():
@@ -81,7 +84,9 @@ def _look(path, name, cut, hashed):
         if not _picture(name):
             return _Seen(hash=found)
         im = open_image(name, data)
-        return _Seen(upright(im).size, found, cut is not None and not binary(im, cut).any())
+        if path in masks:
+            return _Seen(mask=look(im, name), hash=found)
+        return _Seen(squared(im)._replace(pixels=None), hash=found)
     except OSError as e:
         return _Seen(wrong=f"{name} cannot be read ({e.strerror})")
     except BadInput as e:
@@ -90,13 +95,9 @@ def _look(path, name, cut, hashed):
 # %% ../../nbs/data/5_verify.ipynb #76bccc2b
 def _tree(root, r):
     "{relative path: Path} of all files; a linked folder is followed once; what cannot be entered is a problem"
-    out, seen = {}, set()
-    def _shut(e): r.problems.append(f"{e.filename} cannot be read ({e.strerror})")
-    for d, subs, names in os.walk(root, followlinks=True, onerror=_shut):
-        real = os.path.realpath(d)
-        subs[:] = [s for s in subs if not s.startswith(".") and real not in seen]
-        out |= {} if real in seen else {Path(d, n).relative_to(root).as_posix(): Path(d, n) for n in names}
-        seen.add(real)
+    shut = []
+    out = {p.relative_to(root).as_posix(): p for p in walk(root, shut)}
+    r.problems += [f"{e.filename} cannot be read ({e.strerror})" for e in shut]
     return out
 
 # %% ../../nbs/data/5_verify.ipynb #d7286437
@@ -109,13 +110,13 @@ def _sums(file):
     return {m[2]: m[1].lower() for m in found}
 
 def _open_set(root, dataset):
-    "A set's name, title, categories, and its reader"
+    "A set's name, title, categories, and its layout"
     if dataset is not None:
         one_of(dataset, DATASETS, "the data set")
     if dataset == "dtd" or dataset is None and any((root / p).is_dir() for p in parts("dtd")):
-        return "dtd", title("dtd"), ["dtd"], _read_dtd
+        return "dtd", title("dtd"), ["dtd"], Layout(None, _read_dtd, "images/<class>")
     dataset, layout, names = recognise(root, dataset)
-    return dataset, f"{title(dataset)}, laid out as {layout}: {LAYOUTS[layout].tree}", names, LAYOUTS[layout].read
+    return dataset, f"{title(dataset)}, laid out as {layout}: {LAYOUTS[layout].tree}", names, LAYOUTS[layout]
 
 def _read_dtd(root, category):
     return [Item(f, False, p, None, "all") for p in parts("dtd") for f in image_files(root / p)]
@@ -140,36 +141,54 @@ def _counted(root, dataset, found, items, r):
         r.problems += [f"{p}: {n} images instead of 120" for p, n in have.items() if n != 120]
 
 # %% ../../nbs/data/5_verify.ipynb #36f84686
-def _pairs(category, items, seen, dataset, rel, r):
-    "Images and their masks, and copies at another size"
-    sized = [(i, seen[i.path].size, seen[i.mask].size) for i in items if i.mask]
-    r.problems += [f"{rel(i.mask)} has {b[0]} x {b[1]} pixels but its image {rel(i.path)} {a[0]} x {a[1]}"
-                   for i, a, b in sized if a and b and a != b]
+def _pairs(items, seen, dataset, r):
+    "Images and their masks"
+    drawn = {i.mask: seen[i.mask].mask for i in items if i.mask and seen[i.mask].mask}
     bad = [i for i in items if i.label]
-    naked = [i for i in bad if not i.mask]
-    hollow = [rel(i.mask) for i in bad if i.mask and seen[i.mask].empty]
+    pairs = [(i, seen[i.path].image) for i in items if i.mask in drawn and seen[i.path].image]
+    r.problems += filter(None, (unfit(i, p, drawn[i.mask]) for i, p in pairs))
+    try:
+        cut, said = encoding(drawn, max(i.cut for i in items), [i.mask for i, _ in pairs if not i.label])
+    except BadInput as e:
+        cut, said = 0, []
+        r.problems.append(str(e))
+    naked = [i.path for i in bad if not i.mask]
+    hollow = [i.mask for i in bad if i.mask in drawn and max(drawn[i.mask].levels, default=0) <= cut]
     if dataset != "own" or len(naked) < len(bad): # a user's own data may have none
-        r.problems += [f"{rel(i.path)} is anomalous and has no mask" for i in naked]
+        r.problems += [f"{p} is anomalous and has no mask" for p in naked]
     elif naked:
         r.remarks.append(f"{len(naked)} of {len(bad)} anomalous images have no mask: image scores only")
     if hollow:
         r.remarks.append(f"{len(hollow)} of {len(bad)} masks of anomalous images are empty (first {hollow[0]})")
+    r.remarks += said
+
+def _doubts(category, items, seen, r):
+    "Copies on both sides of the split or with both labels, and images of another depth"
+    sound = [(i, p) for i in items if (p := seen[i.path].image)]
+    listed = contradictions([i for i, _ in sound], [p.content for _, p in sound])
+    try:
+        said = deep(*groups([i for i, _ in sound], [p.peak for _, p in sound]))
+        r.remarks += [f"{category}: {text}" for text in said]
+    except BadInput as e:
+        listed.append(str(e))
+    r.problems += [f"{category}: {text}" for text in listed]
+
+def _resized(category, items, seen, dataset, r):
+    "Copies at another size than the published one"
     want = SIZES.get((dataset, category))
-    other = Counter(s for i in items if (s := seen[i.path].size) and want not in (s, None))
+    other = Counter(p.size for i in items if (p := seen[i.path].image) and want not in (p.size, None))
     for (w, h), _ in other.most_common(1):
         which = "the" if other.total() == len(items) else f"{other.total():,} of {len(items):,}"
         r.remarks.append(f"{category}: {which} images are resized copies "
                          f"({w} x {h} pixels instead of {want[0]} x {want[1]})")
 
 # %% ../../nbs/data/5_verify.ipynb #1bd50f8a
-def _strays(tree, used, blocked, r):
-    "Files that belong to nothing"
-    beside = {(p.parent, p.stem) for p in used} # label pictures of good images
+def _strays(tree, folders, blocked, r):
+    "Files that belong to nothing; folders: of the categories, whose images are counted elsewhere"
     def _known(name, p):
-        stem = p.stem.removesuffix("_label").removesuffix("_mask")
         text = p.suffix.lower() in (".txt", ".md", ".csv", ".pdf") or p.name in (SUMS, "LICENSE", "LICENSE-DATASET")
-        unread = name.split("/")[0] in blocked or "test_private" in name
-        return p in used or (p.parent, stem) in beside or text or unread
+        counted = _picture(name) and any(p.is_relative_to(d) for d in folders)
+        return counted or text or name.split("/")[0] in blocked
     odd = sorted(n for n, p in tree.items() if not _known(n, p))
     if odd:
         some = ", ".join(odd[:3]) + ", ..." * (len(odd) > 3)
@@ -203,13 +222,13 @@ def _read_all(root, names, read, r):
 
 def _look_all(tree, items, hashed, progress):
     "{path: _Seen}"
-    cuts = {i.mask: i.cut for i in items}
+    masks = {i.mask for i in items}
     names = {p: n for n, p in tree.items()} # a picture may lie outside the tree, behind a link
     own = {p: names.get(p, str(p)) for i in items for p in (i.path, i.mask) if p}
     todo = own | {p: n for p, n in names.items() if hashed or _picture(n)}
     with ThreadPoolExecutor(os.cpu_count()) as ex:
         try:
-            jobs = ex.map(lambda p: _look(p, todo[p], cuts.get(p), hashed), todo)
+            jobs = ex.map(lambda p: _look(p, todo[p], masks, hashed), todo)
             return dict(zip(todo, tqdm(jobs, "verify", len(todo), False, disable=not progress or None), strict=True))
         except BaseException:
             ex.shutdown(cancel_futures=True)
@@ -226,18 +245,27 @@ def verify(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise BadInput(f"there is no folder {root}: name the folder that holds the categories")
-    dataset, what, names, read = _open_set(root, dataset)
+    dataset, what, names, layout = _open_set(root, dataset)
     file = Path(manifest).expanduser() if manifest else root / SUMS
-    r, rel = Report(root, what), lambda p: p.relative_to(root).as_posix()
+    r, rel = Report(root, what), lambda p: Path(os.path.relpath(p, root)).as_posix()
     tree = _tree(root, r)
-    items, blocked = _read_all(root, names, read, r)
+    items, blocked = _read_all(root, names, layout.read, r)
     every = sum(items.values(), [])
+    folders = {c: root / c if (root / c).is_dir() else root for c in items}
     seen = _look_all(tree, every, bool(manifest) or file.is_file(), progress)
     r.read, r.problems = len(seen), r.problems + [s.wrong for s in seen.values() if s.wrong]
-    _counted(root, dataset, names, items, r)
+    shown = {rel(p): s for p, s in seen.items()}
     for c, its in items.items():
-        _pairs(c, its, seen, dataset, rel, r)
-    _strays(tree, {p for i in every for p in (i.path, i.mask) if p}, blocked, r)
+        r.problems += [f"{c}: {text}" for text in left_out(folders[c], its, layout.tree)]
+        named = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in its]
+        if layout.ours:
+            contents = [p.content if (p := shown[i.path].image) else i.path for i in named]
+            items[c] = named = to_train(named, strayed(named, contents))
+        _pairs(named, shown, dataset, r)
+        _doubts(c, named, shown, r)
+        _resized(c, named, shown, dataset, r)
+    _counted(root, dataset, names, items, r)
+    _strays(tree, folders.values(), blocked, r)
     now = {n: seen[p].hash for n, p in tree.items() if p in seen and seen[p].hash and p.absolute() != file.absolute()}
     _manifest(file, now, tree, manifest, r)
     return r

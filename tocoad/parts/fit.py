@@ -23,8 +23,10 @@ from fastcore.basics import patch
 from scipy.stats import beta
 from tqdm.auto import tqdm
 
+from ..data.cache import fingerprint
+from ..data.depth import SCALES, deep, full_scale
 from ..data.errors import BadInput, one_of, printable
-from ..data.images import SUFFIXES, fingerprint, read_image
+from ..data.images import SUFFIXES, read_image
 from ..method.coreset import coreset
 from ..method.features import Features
 from ..method.halving import halving
@@ -122,6 +124,15 @@ def _origin(start, device):
                 written=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=round(time.perf_counter() - start, 2))
 
 # %% ../../nbs/parts/1_fit.ipynb #f35f9484
+def _pictures(good, names, size, progress, top=SCALES[-1]):
+    "The pictures of a folder, all on one scale, and its end"
+    read = lambda n: read_image(Path(good) / n, size, top=top)
+    got = [x for _, x in tqdm(decoded(names, read), "read", len(names), leave=False, disable=not progress)]
+    if bad := [x for x in got if isinstance(x, BadInput)]:
+        raise BadInput(f"{len(bad)} of {_many(len(names), 'good image')} cannot be read, first this: {bad[0]}")
+    need = full_scale([x.peak for x in got])
+    return (got, top) if need >= top else _pictures(good, names, size, progress, need)
+
 def read_good(
     good, size: int = 224, # folder of good parts; side they are squeezed to
     most: int = 2000, seed: int = 0, # images read at most; of the order
@@ -129,21 +140,20 @@ def read_good(
 ) -> tuple: # uint8 (N, 3, size, size) in the hash's order, without copies; names; facts; notes
     "The good images of a folder"
     found = hash_order(find_images(_readable(good, "of good parts")), seed)
-    names, read = found[:most], lambda n: read_image(Path(good) / n, size)
-    got = [x for _, x in tqdm(decoded(names, read), "read", len(names), leave=False, disable=not progress)]
-    if bad := [x for x in got if isinstance(x, BadInput)]:
-        raise BadInput(f"{len(bad)} of {_many(len(names), 'good image')} cannot be read, first this: {bad[0]}")
-    keep = sorted({hashlib.sha256(x[0].tobytes()).digest(): i for i, x in [*enumerate(got)][::-1]}.values())
+    got, top = _pictures(good, names := found[:most], size, progress)
+    keep = sorted({x.content: i for i, x in [*enumerate(got)][::-1]}.values())
     if len(keep) < LEAST:
         raise BadInput(f"{good} holds {_many(len(found), 'image')} ({len(keep)} different): give a folder with "
                        f"at least {LEAST} good parts ({', '.join(sorted(SUFFIXES))}), better 100")
-    arrays, sizes, modes = zip(*got, strict=True)
+    arrays, sizes, modes, *_, peaks = zip(*got, strict=True)
     copies, aspects, notes = len(names) - len(keep), [w / h for w, h in sizes], _oddities(sizes, modes, size)
+    notes += deep(peaks, ())
     if len(names) < len(found):
         notes.append(f"{len(found):,} good images were found and {most:,} of them used; raise most to use more")
     if copies:
         notes.append(f"{_many(copies, 'image')} left out as exact copies of others")
-    facts = dict(found=len(found), copies=copies, aspects=[min(aspects), max(aspects)])
+    facts = dict(found=len(found), copies=copies, aspects=[min(aspects), max(aspects)], top=top,
+                 deep=sorted({p is not None for p in peaks}))
     return torch.from_numpy(np.stack([arrays[i] for i in keep])), [names[i] for i in keep], facts, notes
 
 # %% ../../nbs/parts/1_fit.ipynb #7c9f1048

