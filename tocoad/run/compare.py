@@ -32,7 +32,7 @@ from ..method.weights import BACKBONES, file_sha256, weights_path
 from .keys import Task, chain, hardware, scored, versions
 from .source import check_loaded, code_hash, source_of
 from .store import Store
-from ..systems.settings import Shared, ask_for_textures, shared
+from ..systems.settings import Shared, ask_for_textures, distinct, shared
 from ..systems.system import PARTS, SYSTEMS, TRAINS, System, find
 from ..systems.tocoad import GENERATORS
 
@@ -211,11 +211,13 @@ class Comparison:
 def find_device(
     name: str | None = None, # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
 ) -> torch.device:
-    "The device to compute on; BadInput if it is not there"
+    "The device to compute on; BadInput if there is none"
     try:
-        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0].rstrip(".")
+        x = torch.ones(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        x.item()
+        return x.device
+    except (RuntimeError, AssertionError, ImportError, TypeError) as e:
+        why = str(e).partition("\n")[0].rstrip(".")[:200]
         raise BadInput(f"There is no device {name!r} here ({why}); leave --device out or choose cpu.") from None
 
 # %% ../../nbs/run/5_compare.ipynb #09873f67
@@ -301,7 +303,7 @@ def compare(
     store: Store | None = None, # None: nothing is kept
 ) -> Comparison:
     "Train and score every method with every seed on one category"
-    start, device = time.perf_counter(), find_device(device)
+    start, device, seeds = time.perf_counter(), find_device(device), distinct(seeds)
     data = data or load_at(*at(cfg, root))
     methods = methods or methods_for(cfg)
     methods = methods if isinstance(methods, dict) else dict.fromkeys(methods)
