@@ -386,3 +386,54 @@ def test_summary_reads_well():
     s = Summary(2., [("a.png", 3., ""), ("b.png", 1., ""), ("c.png", 1., "")], {}, [], seconds=1.)
     assert s.text().startswith("3 images: 1 above the threshold 2, 2 below, 0 unreadable; 3.0 images a second")
     assert "1.50 x threshold  a.png" in s.text()
+
+
+@pytest.mark.parametrize("quantile", [1e-10, 1e-300, .5, 1 - 1e-12])
+def test_every_quantile_gives_a_threshold(shop, tmp_path, quantile):
+    d = fit(shop / "good", CFG, quantile=quantile, progress=False)
+    assert 1 <= d.about["rank"] <= len(d.held) and all(0 < x <= 1 for x in d.about["false_alarms"])
+    assert d.threshold > d.held[d.about["rank"] - 1]
+    assert len(score(d, shop / "parts", tmp_path / "out", progress=False).scores) == 12
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(quantile=float("nan")), dict(quantile=0), dict(quantile="most"), dict(held_out=float("inf")), dict(held_out=1),
+    dict(most=5.5), dict(most=float("inf")), dict(most=4), dict(most=None)], ids=str)
+def test_a_share_or_number_that_is_none_is_named(shop, wrong):
+    with pytest.raises(BadInput, match=next(iter(wrong))) as e:
+        fit(shop / "good", CFG, progress=False, **wrong)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("score_of_all", [0., float("nan"), float("inf")])
+def test_a_threshold_without_meaning_is_refused(shop, tmp_path, monkeypatch, score_of_all):
+    "Scores of constant images may all be 0; nothing can be so many times 0"
+    monkeypatch.setattr(Detector, "patch_scores", lambda self, images: torch.full((len(images), 4, 4), score_of_all))
+    with pytest.raises(BadInput, match="the threshold of 5 .* would be .*: give good images that differ"):
+        fit(shop / "good", CFG, progress=False)
+
+
+@pytest.mark.parametrize("threshold", [0., -1., float("nan"), float("inf")])
+def test_a_model_file_with_such_a_threshold_is_refused(shop, tmp_path, threshold):
+    d = fit(shop / "good", CFG, progress=False)
+    d.about["threshold"] = threshold
+    with pytest.raises(BadInput, match="is no detector of version 1"):
+        load(save(d, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "ö" * 120, "\udcfcber"], ids=ascii)
+def test_parts_may_lie_in_any_folder(shop, tmp_path, name):
+    "Its name becomes that of the detector, as far as it can"
+    folder = shutil.copytree(shop / "good", tmp_path / name)
+    d = load(save(fit(folder, CFG, progress=False), tmp_path / "model"))
+    assert 1 <= len(d.cfg.category.encode()) <= 150
+
+
+def test_constant_images_are_fitted_or_refused(tmp_path):
+    for k in range(8):
+        Image.fromarray(np.full((SIZE, SIZE, 3), 100 + k, np.uint8)).save(tmp_path / f"{k}.png")
+    assert fit(tmp_path, CFG, progress=False).threshold > 0
+    with pytest.raises(BadInput, match="the memory holds one patch"):
+        fit(tmp_path, CFG.replace(scorer="paper", coreset=1e-6), progress=False)
+    with pytest.raises(BadInput, match="G called 0 of [0-9]+ pixels anomalous"):
+        fit(tmp_path, CFG.replace(generator="cutpaste", jitter=0., epochs1=1), "both", progress=False)

@@ -55,13 +55,13 @@ LINES = {  # kind -> file, text before which a line goes, the line
     "generator": [
         ("systems/tocoad.py", "GENERATORS = {", "from ..method.stripes import Stripes\n"),
         ("systems/tocoad.py", '"perlin": Perlin', '"stripes": Stripes, '),
-        ("systems/settings.py", '"perlin", "cutpaste", "nsa")', '"stripes", '),
+        ("systems/settings.py", '"perlin", "cutpaste", "nsa"]', '"stripes", '),
     ],
     "loss": [
         ("method/discriminator.py", "LOSSES = {", "from .dice import dice_loss\n"),
         ("method/discriminator.py", '"focal": focal_loss', '"dice": dice_loss, '),
-        ("systems/settings.py", '"focal", "ce")', '"dice", '),
-        ("systems/settings.py", '"focal", "ce", "same")', '"dice", '),
+        ("systems/settings.py", '"focal", "ce"]', '"dice", '),
+        ("systems/settings.py", '"focal", "ce", "same"]', '"dice", '),
     ],
     "backbone": [("method/weights.py", '    "resnet50":', '    "resnet34": ("resnet34.pth", "b627", *IMAGENET),\n')],
     "metric": [("measure/metrics.py", "ap=_ap", "half=lambda *t: .5, ")],

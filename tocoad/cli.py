@@ -56,14 +56,14 @@ def run(
     from tocoad.run.config import settings
     from tocoad.run.store import Store
     with wrong_command():
-        cfg = settle(root, dataset, category, profile, set_, systems)
+        cfg, seeds = settle(root, dataset, category, profile, set_, systems), compare.distinct(seeds)
     name = dataset if root else cfg.dataset
     data = load(root, name, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
     methods, store = compare.methods_for(cfg, systems), Store(store)
-    result = compare.compare(cfg, tuple(seeds), methods, data, device=device, progress=not quiet, store=store)
+    result = compare.compare(cfg, seeds, methods, data, device=device, progress=not quiet, store=store)
     _keep(result, out, json_)
 
 # %% ../nbs/cli.ipynb #70e48185

@@ -96,6 +96,8 @@ def finetune(
     **settings, # lam, loss, bn, view_of: see `ncl_step`
 ) -> list: # one dict an epoch: epoch, means of `ncl_step`'s values, seconds, lr
     "Stage II: tune F by contrast on normal views, guided by D through pseudo-anomalies"
+    if len(images) < 2:
+        raise BadInput("there is one normal image and C compares images with each other: give at least 2")
     optimiser, guard, log = sgd(F, C, D, lr, lr_head, freeze, train_d), Guard(F, C, D), []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: cosine(epoch / epochs))
     order, anomalies = stream(seed, "stage II order"), stream(seed, "stage II anomalies")

@@ -136,6 +136,8 @@ def neighbours(self: Memory, b: int = 9): # neighbours, the patch itself counted
 # %% ../../nbs/method/7_memory.ipynb #703fc0a7
 def score_paper(memory, Q, b: int = 9): # a `Memory`; patches (..., d); neighbourhood, the nearest patch counted
     "The re-weighted distance (Eq. 9), (...): between (1 - 1/b) and 1 times the plain score"
+    if len(memory) < 2:
+        raise BadInput("Eq. 9 needs neighbours, and the memory holds one patch: raise coreset, or take scorer=plain")
     p = Q.to(memory.bank).reshape(-1, Q.shape[-1]) # (P, d)
     c_star = memory.search(p)[1][:, 0] # (P,)
     E = memory.distances(p, memory.neighbours(b)[c_star]) # (P, b), c* first

@@ -187,17 +187,18 @@ def check_generator(G, images, seed: int = 0): # (images, generator) -> I_G, y_G
     "Assert what the method expects of a generator; the share of the pixels that its masks call anomalous"
     new = lambda s: torch.Generator().manual_seed(s)
     before, state = images.clone(), torch.get_rng_state()
-    (I_G, y_G), again, other = (G(images, new(s)) for s in (seed, seed, seed + 1))
+    (I_G, y_G), again, *others = (G(images, new(s)) for s in (seed, seed, *range(seed + 1, seed + 5)))
     I_R = G.base(images, new(seed))[0] if hasattr(G, "base") else images
     assert I_G.shape == images.shape and I_G.dtype == images.dtype, f"images out are {I_G.dtype} {tuple(I_G.shape)}"
     moved = changed(I_G, I_R)
-    assert y_G.shape == moved.shape and y_G.dtype == torch.bool, f"masks are {y_G.dtype} {tuple(y_G.shape)}, not bool"
+    assert y_G.shape == moved.shape and y_G.dtype == torch.bool, f"masks {y_G.dtype} {tuple(y_G.shape)}, not 3-D bool"
     assert 0 <= I_G.min() and I_G.max() <= 1, f"values {I_G.min():.3f} to {I_G.max():.3f} are not within [0, 1]"
     assert torch.equal(images, before), "the images passed in were changed in place"
     assert torch.equal(I_G, again[0]) and torch.equal(y_G, again[1]), "the same seed gave two results"
     assert torch.equal(state, torch.get_rng_state()), "random numbers were drawn outside `generator`"
-    assert not torch.equal(I_G, other[0]), "two seeds gave the same result"
+    assert not all(torch.equal(I_G, other[0]) for other in others), "two seeds gave the same result"
     assert not (moved & ~y_G).any(), f"{(moved & ~y_G).sum()} pixels changed but are not called anomalous"
     unchanged = 0 if getattr(G, "label", "changed") == "full" else (y_G & ~moved).sum()
     assert unchanged == 0, f"{unchanged} pixels are called anomalous but did not change"
+    assert any(y.any() for y in (y_G, *(y for _, y in others))), f"no pixel of {5 * len(images)} images was changed"
     return y_G.float().mean().item()

@@ -14,7 +14,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 
-from ..data.images import crop, to_float
+from ..data.images import BadInput, crop, to_float
 from .discriminator import focal_loss
 from .features import set_bn
 from .guard import Guard
@@ -103,4 +103,7 @@ def check_discriminator(
         I_G, y_G = G(I, generator)
         p.append(D(F(I_G)).softmax(1)[:, 1].flatten().cpu())
         y.append(y_G.flatten().cpu())
-    return float(roc_auc_score(torch.cat(y).numpy(), torch.cat(p).numpy()))
+    y = torch.cat(y)
+    if y.all() or not y.any():
+        raise BadInput(f"G called {y.sum()} of {len(y)} pixels anomalous, and D has nothing to tell apart: look at G")
+    return float(roc_auc_score(y.numpy(), torch.cat(p).numpy()))

@@ -25,7 +25,7 @@ from .rows import FROZEN, GALLERIES, HALF, TOURS, TWO_STAGE, control, rows
 from ..run.config import config, settings
 from ..run.keys import STAGES, chain, computed_by, scored, task
 from ..run.store import Store
-from ..systems.settings import ask_for_textures, shared
+from ..systems.settings import ask_for_textures, distinct, shared
 from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/plan.ipynb #9a0370b9
@@ -73,8 +73,7 @@ def _checked(o):
     names = [(f.parent.name, f.name) for f in o.panel]
     if (twice := {n for n in names if names.count(n) > 1}):
         raise BadInput(f"--folders: two are called {'/'.join(twice.pop())}: rename the folder that holds one of them.")
-    if not o.seeds:
-        raise BadInput("--seeds names no seed: give at least one number.")
+    distinct(o.seeds)
     if (own := {s.split("=")[0].strip() for s in o.settings} & {"profile", "dataset", "category", "seed", "method"}):
         raise BadInput(f"--set {own.pop()}=...: fixed by the tables; use --profile, --root, --categories and --seeds.")
 
@@ -134,7 +133,7 @@ def options(
     "`Options` from a notebook's parameters"
     root, store = (None if x is None else str(x) for x in (root, store))
     categories = _words(categories) if categories else None
-    seeds, folders = tuple(map(int, _words(seeds))), tuple(map(str, folders))
+    seeds, folders = tuple(int(s) if isinstance(s, str) else s for s in _words(seeds)), tuple(map(str, folders))
     return Options(profile, root, seeds, categories, _words(settings), store, device, folders)
 
 # %% ../../nbs/paper/plan.ipynb #8e9a46be

@@ -9,6 +9,7 @@ __all__ = ['KIND', 'save', 'load', 'ToPatches', 'ToScores', 'ask_for_onnx', 'exp
 import copy
 import hashlib
 import json
+import math
 import os
 import warnings
 from contextlib import suppress
@@ -72,7 +73,9 @@ def load(
         if not KIND.items() <= meta.items() or meta["content"] != _content(meta["about"], tensors):
             raise ValueError
         about = json.loads(meta["about"])
-        cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.pop("config").items()})
+        if not 0 < about["threshold"] < math.inf:
+            raise ValueError
+        cfg = Config(**about.pop("config"))
     except (SafetensorError, KeyError, TypeError, ValueError): # TypeError: a setting that is not known here
         raise BadInput(f"{path} is no detector of version {KIND['version']}, or was cut off or damaged: "
                        "give the safetensors file that `tocoad fit` wrote, or fit anew") from None

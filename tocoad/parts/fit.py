@@ -35,7 +35,7 @@ from ..method.pretrain import stream
 from ..run.compare import find_device
 from ..run.keys import hardware, versions
 from ..run.source import code_hash
-from ..systems.settings import Config, ask_for_textures
+from ..systems.settings import Config, Whole, ask_for_textures, fitted
 from ..systems.tocoad import embed, embed_batch, train
 
 # %% ../../nbs/parts/1_fit.ipynb #c271d52f
@@ -69,7 +69,7 @@ def rank(
     n: int, quantile: float = .95, # held-out good images; share of good images that should pass
 ) -> int: # k, from 1 to n
     "Which of n sorted scores becomes the threshold"
-    return min(n, math.ceil(quantile * (n + 1) - 1e-9))
+    return min(n, max(1, math.ceil(quantile * (n + 1) - 1e-9)))
 
 def false_alarms(
     n: int, k: int, # held-out good images; rank of the threshold among them
@@ -194,6 +194,9 @@ def calibrate(
     above = lambda x: float(x.sort().values[k - 1].double() * (1 + 1e-5))
     low, order = float(maps.flatten().median()), scores.argsort(descending=True)
     detector.held = scores.sort().values
+    if not 0 < above(scores) < math.inf:
+        raise BadInput(f"the threshold of {_many(len(s), 'held-out good image')} would be {above(scores):.4g}, and no "
+                       "score can be compared with that: give good images that differ as good parts do")
     return dict(threshold=above(scores), limit=max(above(maps.flatten(1).amax(1)), low + 1e-6), low=low,
                 quantile=quantile, rank=k, false_alarms=false_alarms(len(s), k),
                 highest={names[i]: round(float(scores[i]), 6) for i in order[:5]})
@@ -230,16 +233,16 @@ def own(
 ) -> Config:
     "The settings for own parts: the whole image is squeezed, nothing is cropped"
     one_of(stages, ("none", "both"), "stages")
+    fitted("most", most, Whole[LEAST, 10**9])
     for name, v in dict(quantile=quantile, held_out=held_out).items():
-        if not 0 < v < 1:
+        if not 0 < fitted(name, v, float) < 1:
             raise BadInput(f"{name} is {v}: give a share above 0 and below 1, such as 0.99")
-    if most < LEAST:
-        raise BadInput(f"most is {most}: at least {LEAST} good images are needed")
     if stages == "both":
         ask_for_textures(cfg)
     names = [n for n in Path(good).resolve().parts if n.lower() not in ("good", "ok", "normal", "train")]
+    name = printable(names[-1]).encode()[:150].decode(errors="ignore") # as long as a category may be
     method = "two_stage" if stages == "both" else "frozen"
-    return cfg.replace(dataset="own", category=names[-1], resize=cfg.size, method=method)
+    return cfg.replace(dataset="own", category=name, resize=cfg.size, method=method)
 
 def _few(n, about):
     need = math.ceil(about["quantile"] / (1 - about["quantile"]) - 1e-9)

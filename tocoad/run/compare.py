@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONTROLS', 'DIFFERENCES', 'reason', 'shown', 'carry_out', 'describe', 'weights_id', 'tasks', 'methods_for',
-           'Comparison', 'find_device', 'at', 'load_at', 'pull', 'member', 'compare', 'record']
+           'Comparison', 'at', 'load_at', 'pull', 'member', 'compare', 'record']
 
 # %% ../../nbs/run/5_compare.ipynb #97f3e465
 import copy
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput
+from ..data.errors import BadInput, one_of
 from ..data.images import Category, crop
 from ..data.load import load
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
@@ -32,7 +32,8 @@ from ..method.weights import BACKBONES, file_sha256, weights_path
 from .keys import Task, chain, hardware, scored, versions
 from .source import check_loaded, code_hash, source_of
 from .store import Store
-from ..systems.settings import Shared, ask_for_textures, shared
+from ..systems.check import check_numbers, check_parts, find_device
+from ..systems.settings import Shared, ask_for_textures, distinct, shared
 from ..systems.system import PARTS, SYSTEMS, TRAINS, System, find
 from ..systems.tocoad import GENERATORS
 
@@ -100,6 +101,7 @@ def _compute(t, data, store, parts, device, progress):
     check_loaded(t.does.function)
     got, start = _got(t, store), time.perf_counter()
     values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
+    check_numbers(t.stage, values, None if t.does.judges else arrays)
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     about = dict(hardware=hardware(gpu), threads=torch.get_num_threads(), images=len(data.train))
     return store.put(t, values, arrays, seconds=time.perf_counter() - start, **about)
@@ -116,8 +118,8 @@ def describe(
 ) -> dict: # component -> text for the keys
     "What each component of a run is"
     parts = parts or {}
-    if (odd := sorted(set(parts) - set(PARTS))):
-        raise BadInput(f"there is no component {odd[0]!r} to replace: take one of {', '.join(PARTS)}.")
+    for k in parts:
+        one_of(k, PARTS, "a component")
     named = {k: (registry, getattr(cfg, name, None)) for k, (registry, name) in _REGISTRIES.items()}
     used = {k: registry[v] for k, (registry, v) in named.items() if v in registry} | parts
     if "loss" in parts:
@@ -207,17 +209,6 @@ class Comparison:
         "What was computed and what came from the store"
         return _reused(self.stages)
 
-# %% ../../nbs/run/5_compare.ipynb #71dda551
-def find_device(
-    name: str | None = None, # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
-) -> torch.device:
-    "The device to compute on; BadInput if it is not there"
-    try:
-        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0].rstrip(".")
-        raise BadInput(f"There is no device {name!r} here ({why}); leave --device out or choose cpu.") from None
-
 # %% ../../nbs/run/5_compare.ipynb #09873f67
 def at(
     cfg: Shared, # has dataset, category, resize, shorter, mask
@@ -301,10 +292,13 @@ def compare(
     store: Store | None = None, # None: nothing is kept
 ) -> Comparison:
     "Train and score every method with every seed on one category"
-    start, device = time.perf_counter(), find_device(device)
-    data = data or load_at(*at(cfg, root))
-    methods = methods or methods_for(cfg)
+    start, device, seeds = time.perf_counter(), find_device(device), distinct(seeds)
+    data, methods = data or load_at(*at(cfg, root)), methods or methods_for(cfg)
     methods = methods if isinstance(methods, dict) else dict.fromkeys(methods)
+    for m, change in methods.items():
+        c, parts, system = member(cfg, m, change)
+        tasks(c, data, parts, device, system) # what cannot be run is refused before anything is
+        check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside:
         store = store or Store(Path(aside) / "store")

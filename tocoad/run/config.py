@@ -7,23 +7,27 @@ __all__ = ['PROFILES', 'settings', 'config']
 
 # %% ../../nbs/run/1_config.ipynb #9cf4477b
 import difflib
-from typing import get_args, get_type_hints
+from types import NoneType
+from typing import Annotated, get_args, get_origin
 
 from ..data.errors import BadInput
-from ..systems.settings import SHARED_CHOICES, Config
+from ..systems.settings import Config, fitted, kinds, rule
 
 # %% ../../nbs/run/1_config.ipynb #1617cfc4
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 def _convert(text, kind):
-    "Text to a field's type; ValueError or KeyError if it does not fit"
-    if get_args(kind) and kind != tuple[int, ...]:
-        return None if text.lower() == "none" else _convert(text, get_args(kind)[0])
+    "Text to a value of a setting's type, in its range or not; ValueError or KeyError if it is none"
+    origin, args = get_origin(kind), get_args(kind)
+    if NoneType in args and text.lower() == "none":
+        return None
+    if origin is tuple:
+        return tuple(_convert(t, args[0]) for t in text.replace("+", ",").split(","))
+    if origin is Annotated or NoneType in args:
+        return _convert(text, args[0])
     if kind is bool:
         return _TRUTH[text.lower()]
-    if kind == tuple[int, ...]:
-        return tuple(int(t) for t in text.replace("+", ",").split(","))
-    return kind(text)
+    return kind(text) if kind in (int, float) else text
 
 # %% ../../nbs/run/1_config.ipynb #26f39a1d
 def settings(
@@ -31,21 +35,18 @@ def settings(
     kind=Config, # the settings of a system
 ) -> dict: # field name -> typed value, for `replace`
     "Read `key=value` settings; unknown keys and wrong types raise BadInput"
-    kinds, choices, out = get_type_hints(kind), SHARED_CHOICES | kind.choices, {}
+    known, out = kinds(kind), {}
     for pair in pairs:
         key, eq, text = (t.strip() for t in pair.partition("="))
         if not eq:
             raise BadInput(f"--set {pair}: write it as key=value.")
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1, cutoff=0)[0]
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0)[0]
             raise BadInput(f"--set {pair}: there is no setting {key!r}; did you mean {near!r}?")
         try:
-            out[key] = _convert(text, kinds[key])
-        except (ValueError, KeyError):
-            takes = getattr(kinds[key], "__name__", str(kinds[key])).replace("tuple", "numbers such as 3+4")
-            raise BadInput(f"--set {pair}: {key} takes {takes}, and {text!r} is none.") from None
-        if key in choices and out[key] not in choices[key]:
-            raise BadInput(f"--set {pair}: choose {key} from {', '.join(choices[key])}.")
+            out[key] = fitted(key, _convert(text, known[key]), known[key])
+        except (ValueError, KeyError): # `BadInput` is a ValueError
+            raise BadInput(f"--set {pair}: {key} must be {rule(known[key])}.") from None
     return out
 
 # %% ../../nbs/run/1_config.ipynb #def59500

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from ..data.errors import one_of
-from .settings import Config, Shared
+from .settings import Config, ContrastSettings, GeneratorSettings, Shared, kinds
 
 # %% ../../nbs/systems/2_system.ipynb #cad8e172
 @dataclass(frozen=True)
@@ -54,12 +54,9 @@ class System:
 
 # %% ../../nbs/systems/2_system.ipynb #2aeebde1
 _F = "backbone", "weights", "norm", "precision", "compile", "size", "seed"
-_G = ("generator", "rotate", "angle", "fill", "textures", "scales", "threshold", "beta", "foreground", "count", "clean",
-      "label", "cutpaste", "jitter", "gradients")
+_G = tuple(kinds(GeneratorSettings))
 _FOCAL = "gamma", "alpha"
-_VIEWS = "view_of", "scale", "colour"
-_C = ("contrast", "ema", "layers", "concat", "pool", "predictor", "width", "printed", *_VIEWS, "bn2", "freeze", "batch",
-      "epochs2", "lr2", "lr_head", "curve")
+_C = (*kinds(ContrastSettings), "bn2", "freeze", "batch", "epochs2", "lr2", "lr_head", "curve")
 _PATCHES = "patches", "dims"
 _CORESET = "coreset", "project", "starts"
 _SCORER = "scorer", "b"
