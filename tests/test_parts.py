@@ -18,7 +18,7 @@ from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
 from tocoad.parts.export import export_onnx, load, save
 from tocoad.parts.fit import LEAST, Detector, decoded, fit, hash_order, rank
-from tocoad.parts.score import Summary, score, scored
+from tocoad.parts.score import MARK, Summary, results, score, scored
 from tocoad.run.config import config
 
 SIZE = 64
@@ -241,6 +241,37 @@ def test_an_interrupted_run_leaves_the_old_results(detector, parts, tmp_path, mo
         with pytest.raises(BadInput, match="No space left on device"):
             score(detector, parts, out, progress=False)
     assert state() == before
+
+
+def test_an_interruption_at_any_step_of_the_swap_leaves_the_old_results(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    def state(): return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    def write(n):
+        with results(out) as aside:
+            for name in ("scores.csv", f"maps/{n}.png", "maps/both.png"):
+                (aside / name).write_text(str(n))
+            made = dict(what=MARK, heat_maps=[f"maps/{n}.png", "maps/both.png"])
+            (aside / "summary.json").write_text(json.dumps(made | dict(n=n)))
+    write(1)
+    (out / "maps" / "2.png").write_text("mine")
+    before, moved = state(), os.replace
+    for after in (False, True):
+        for step in range(9):
+            left = [step]
+            def stop(a, b, left=left, after=after):
+                left[0] -= 1
+                if left[0] == -1:
+                    if after:
+                        moved(a, b)
+                    raise KeyboardInterrupt
+                moved(a, b)
+            with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+                m.setattr(os, "replace", stop)
+                write(2)
+            assert state() == before, step
+    write(2)
+    assert {k: v for k, v in state().items() if k != "summary.json"} == {
+        "scores.csv": b"2", "maps/2.png": b"2", "maps/both.png": b"2"}
 
 
 def test_two_runs_at_once(detector, parts, tmp_path, monkeypatch):

@@ -596,7 +596,10 @@ def test_runs_list_show_prune(say, tmp_path, unbroken):
     assert "would drop 0 records, 1 leftovers" in say("runs", "prune", "--dry-run", "--store", store)[1]
     for p in (store / "sheets").glob("*.json"):
         p.unlink()
-    status, out, _ = say("runs", "prune", "--store", store)
+    before = sorted(store.rglob("*"))
+    status, out, err = say("runs", "prune", "--store", store)
+    assert status == 1 and "nothing was dropped: say --yes" in err and sorted(store.rglob("*")) == before
+    status, out, _ = say("runs", "prune", "--yes", "--store", store)
     assert status == 0 and not list(store.glob("*/*.safetensors")) and not Store(store).records()
 
 

@@ -7,6 +7,7 @@ __all__ = ['runs_list', 'runs_show', 'runs_prune', 'runs_export', 'runs_import',
 
 # %% ../nbs/cli_runs.ipynb #c1150004
 import json
+import sys
 from pathlib import Path
 
 from .command import say
@@ -54,22 +55,19 @@ def runs_show(key: str, *, store: str = None): # folder of stored stages
         raise BadInput(f"{len(found)} records begin with {key!r}: `tocoad runs list` shows the keys.")
     print(json.dumps(found[0], indent=1))
 
-def runs_prune(*, store: str = None, dry_run: bool = False): # only say what would go
-    "Drop what no current sheet names, and what broken runs left"
-    from tocoad.run.exchange import sheets
+def runs_prune(
+    *, store: str = None, dry_run: bool = False, # only say what would go
+    yes: bool = False, # drop it without asking
+) -> int: # exit status
+    "Drop what no current table or figure names, and what broken runs left"
+    from tocoad.run import exchange
     store = _store(store)
-    newest = sheets(store)
-    needed = {k for s in newest for k in s["keys"]}
-    gone = [r for r in store.records() if r["key"] not in needed]
-    left = [p for p in store.root.glob("*/*") if p.name.startswith(".")
-            or p.suffix == ".safetensors" and not p.with_suffix(".json").exists()]
-    size = sum(r["bytes"] for r in gone) + sum(p.stat().st_size for p in left)
-    for r in () if dry_run else gone:
-        store.drop(r)
-    for p in () if dry_run else left:
-        p.unlink(missing_ok=True)
-    print(f"{'would drop' if dry_run else 'dropped'} {len(gone)} records, {len(left)} leftovers, {size / 1e6:.1f} MB; "
-          f"{len(needed)} stages are named by {len(newest)} tables and figures")
+    files, what = exchange.outlook(store)
+    ask = files and not yes and not dry_run
+    print("dropped" if exchange.drop(store, files if yes and not dry_run else ()) else "would drop", what)
+    if ask and not (sys.stdin.isatty() and input("Drop it? [y/N] ").strip().lower() in ("y", "yes")):
+        return say("nothing was dropped: say --yes to drop this without being asked")
+    return exchange.drop(store, files if ask else ()) and 0
 
 # %% ../nbs/cli_runs.ipynb #53608c97
 def runs_export(

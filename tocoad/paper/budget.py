@@ -7,7 +7,6 @@ __all__ = ['SEEDS', 'WEIGHTS', 'D_WEIGHTS', 'ACTIVATIONS', 'PASSING', 'seconds',
            'gpu_memory', 'disk', 'in_turn', 'outlook', 'in_words', 'check', 'spend']
 
 # %% ../../nbs/paper/budget.ipynb #908ae683
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from . import plan, published, sheets
 from . import rows as rows_room
 from .published import CATEGORIES
 from ..run.keys import chain
-from ..run.store import Store, default_store
+from ..run.store import Store, default_store, read_sealed
 from ..systems.settings import Config, resolved
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
@@ -149,10 +148,10 @@ def _chain(run, targets, o, store, kind):
     at = run.dataset, run.category
     folder = next(p[at] for t in targets if at in (p := plan.places(t, o)))
     note = store and sheets._note(store, folder, run.cfg)
-    if not (note and note.exists()):
+    if not (known := note and read_sealed(note)):
         return chain(run.cfg, "/".join(at), run.cfg.backbone, device=kind), plan.images_in(*at, folder), False
     from tocoad.run import compare
-    known, weights = json.loads(note.read_text()), compare.weights_id(run.cfg.backbone, run.cfg.weights)
+    weights = compare.weights_id(run.cfg.backbone, run.cfg.weights)
     return chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind), known["images"], True
 
 # %% ../../nbs/paper/budget.ipynb #d9915b7d

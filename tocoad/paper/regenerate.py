@@ -27,9 +27,10 @@ from .plan import Options, _kind, _make, _rate_of, datasets, estimate, images_in
 from .report import Results
 from .rows import FROZEN, GALLERIES, TABLES, TARGETS, TOURS
 from .sheets import _note, _whole, compute, sheet_path
+from ..run.exchange import kept
 from ..run.keys import chain
 from ..run.source import PACKAGE
-from ..run.store import Store, default_store
+from ..run.store import Store, default_store, read_sealed
 
 # %% ../../nbs/paper/regenerate.ipynb #549d28c3
 def needed(
@@ -54,7 +55,7 @@ def _sheets(targets, o, workers, keep, log, quiet, stored=False):
     store, made = Store(o.store), {}
     for t in needed(targets):
         path = sheet_path(t, o, store)
-        s = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        s = kept(path)
         if s and not s["failed"] and not s["left"] and _whole(s, store):
             made[t] = s
     missing = [t for t in needed(targets) if t not in made]
@@ -116,7 +117,7 @@ def forecast(
     for (d, c), ts in plan.outline(targets, o, everywhere).items():
         folder = next((p[d, c] for t in targets if (d, c) in (p := places(t, o))), None)
         note = store and not everywhere and _note(store, folder, o.config(d, c, 0, FROZEN))
-        known = json.loads(note.read_text()) if note and note.exists() else None
+        known = read_sealed(note) if note else None
         missing = _missing(targets, o, d, c, known, store) if known else ts
         n = known["images"] if known else images_in(d, c, folder)
         measured = bool(missing) and all(_rate_of(t.stage, t.cfg, kind) in rates for t in missing)

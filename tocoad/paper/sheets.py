@@ -23,10 +23,12 @@ from .plan import METRICS, TRAINING, Options, _kind, _make, datasets, find, opti
 from .report import Results
 from .rows import FROZEN
 from .training import became
+from ..run import exchange
+from ..run.components import code_of
 from ..run.config import config, settings
 from ..run.keys import STAGES, computed_by, scored
-from ..run.source import code_of, fingerprint
-from ..run.store import Store, write_json
+from ..run.source import fingerprint
+from ..run.store import Store, write_sealed
 from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/sheets.ipynb #f8640b89
@@ -164,7 +166,7 @@ def _read(targets, o, dataset, category, store):
                        "run it with `tocoad reproduce panel --folders`.")
     known = dict(fingerprint=data.fingerprint, masks=data.test.masks is not None, images=len(data.train),
                  labels=data.test.labels.int().tolist(), defects=list(data.test.defects), own_split=bool(unlike(data)))
-    write_json(known, _note(store, at[0], o.config(dataset, category, 0, FROZEN)), "--store")
+    write_sealed(known, _note(store, at[0], o.config(dataset, category, 0, FROZEN)))
     return data, at
 
 def _ends(targets, o, dataset, category, data, store, kind, stored):
@@ -254,16 +256,17 @@ def compute(
     plan.check(targets, o)
     store, found = Store(o.store), {}
     device = compare.find_device(o.device) if workers is None else o.device
-    with tqdm(None, "stages", sum(map(len, plan.outline(targets, o).values())), disable=quiet, unit="stage") as bar:
+    many = sum(map(len, plan.outline(targets, o).values()))
+    with store.busy(), tqdm(None, "stages", many, disable=quiet, unit="stage") as bar:
         for g, ts in plan.groups(targets, o).items():
             start = time.perf_counter()
             found[g] = _group(ts, o, *g, store, device, workers, log, bar, quiet, stored)
             if keep == "scores" and not stored and not isinstance(found[g], str):
                 _slim(found[g], store)
             log(f"{'/'.join(g)}: done in {time.perf_counter() - start:.1f} s")
-    sheets = {t: sheet(t, o, {g: found[g] for g in plan.groups([t], o)}) for t in targets}
-    for t, s in sheets.items():
-        write_json(s, sheet_path(t, o, store), "--store")
+        sheets = {t: sheet(t, o, {g: found[g] for g in plan.groups([t], o)}) for t in targets}
+        for t, s in sheets.items():
+            exchange.keep(store, s, sheet_path(t, o, store))
     return sheets
 
 # %% ../../nbs/paper/sheets.ipynb #ed8f1126
@@ -282,7 +285,7 @@ def results(
     plan.check([target], o)
     store = Store(o.store)
     path = sheet_path(target, o, store)
-    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    made = exchange.kept(path)
     retry = made and (made["failed"] or made["left"]) and not os.environ.get("TOCOAD_READ_ONLY")
     if not made or retry or not _whole(made, store):
         made = compute([target], o)[target]

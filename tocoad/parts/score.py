@@ -102,6 +102,22 @@ def earlier(
     return []
 
 # %% ../../nbs/parts/2_score.ipynb #29db9ad6
+def _swap(aside, out):
+    "New results into their places and earlier ones aside; all are back where they were if anything stops this"
+    new = {out / p.relative_to(aside): p for p in aside.rglob("*") if p.is_file()}
+    old = [p for p in dict.fromkeys([*new, *earlier(out)]) if os.path.lexists(p)]
+    moves, done = [*((p, aside / "earlier" / p.relative_to(out)) for p in old), *((p, to) for to, p in new.items())], []
+    try:
+        for here, there in moves:
+            there.parent.mkdir(parents=True, exist_ok=True)
+            done.append((here, there))
+            os.replace(here, there)
+    except BaseException:
+        for here, there in reversed(done):
+            with suppress(FileNotFoundError): # not moved yet
+                os.replace(there, here)
+        raise
+
 @contextmanager
 def results(
     out: Path, # folder; may hold an earlier run's results
@@ -113,12 +129,7 @@ def results(
         with TemporaryDirectory(prefix=".", dir=out, ignore_cleanup_errors=True) as aside:
             Path(aside, "maps").mkdir()
             yield Path(aside)
-            made = [p for p in Path(aside).rglob("*") if p.is_file()]
-            (out / "maps").mkdir(exist_ok=True)
-            for path in earlier(out):
-                path.unlink(missing_ok=True)
-            for path in sorted(made, key=lambda p: p.name != "summary.json"): # which names the others, if stopped here
-                os.replace(path, out / path.relative_to(aside))
+            _swap(Path(aside), out)
     except OSError as e:
         raise BadInput(f"cannot write into {out} ({e.strerror or e}): make room, or give another folder") from None
 

@@ -67,6 +67,8 @@ def _on_worker(t, where, store, device, *before):
             device, planned = find_device(device), t.about["by"]["device"]
             if device.type != planned:
                 raise BadInput(f"the worker computes on {device.type} where {planned} was planned: give --device")
+            if _category(*where).fingerprint != t.about["data"]:
+                _category.cache_clear() # the files have changed since this process read them
             carry_out(t, _category(*where), Store(store), {}, device, tensors=True)
         except Exception as e:
             return f"{t.stage}: {reason(e)}"
@@ -88,6 +90,8 @@ def submit(
             if store.record(t, tensors):
                 return None
             before = [f for n in t.needs if (f := need(n, True)) is not None]
+            if not t.kept: # no other process could read it
+                return None
             given = t, where, str(store.root), device, *before
             futures[t.key] = t, client.submit(_on_worker, *given, key=f"{t.stage}-{t.key}", retries=2, pure=False)
         return futures[t.key][1]

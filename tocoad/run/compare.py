@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'CONTROLS', 'DIFFERENCES', 'reason', 'shown', 'carry_out',
 import copy
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +29,9 @@ from ..method.contrast import CONTRASTS, PREDICTORS
 from ..method.discriminator import LOSSES
 from ..method.memory import PATCHES, SCORERS
 from ..method.weights import BACKBONES, file_sha256, weights_path
-from .keys import Task, chain, hardware, scored, versions
-from .source import check_loaded, code_hash, source_of
+from .components import source_of
+from .keys import Task, chain, check_current, content, hardware, scored, versions
+from .source import code_hash
 from .store import Store
 from ..systems.check import check_numbers, check_parts, find_device
 from ..systems.settings import Shared, ask_for_textures, distinct, shared
@@ -82,13 +83,13 @@ def carry_out(
     tensors: bool = False, # its tensors are needed too
 ) -> dict: # its record
     "One stage, from the store or computed, after the stages that it needs"
-    r = store.record(t, tensors)
+    r = store.record(t, tensors, True)
     for n in () if r else t.needs:
         carry_out(n, data, store, parts, device, progress, say, True)
     new = False
     if not r:
         with store.lock(t):
-            r = store.record(t, tensors)
+            r = store.record(t, tensors, True)
             new = not r
             if new:
                 r = _compute(t, data, store, parts or {}, device, progress)
@@ -98,7 +99,7 @@ def carry_out(
 # %% ../../nbs/run/5_compare.ipynb #e0d1ad26
 def _compute(t, data, store, parts, device, progress):
     "The record of a stage that was not there"
-    check_loaded(t.does.function)
+    check_current(t, data)
     got, start = _got(t, store), time.perf_counter()
     values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
     check_numbers(t.stage, values, None if t.does.judges else arrays)
@@ -121,11 +122,10 @@ def describe(
     for k in parts:
         one_of(k, PARTS, "a component")
     named = {k: (registry, getattr(cfg, name, None)) for k, (registry, name) in _REGISTRIES.items()}
-    used = {k: registry[v] for k, (registry, v) in named.items() if v in registry} | parts
-    if "loss" in parts:
-        used["loss1"] = parts["loss"]
-    own = lambda x: getattr(x, "__module__", "").startswith("tocoad.") and hasattr(x, "__qualname__")
-    return {k: f"{x.__module__}.{x.__qualname__}" if own(x) else source_of(x) for k, x in used.items()}
+    usual = {k: registry[v] for k, (registry, v) in named.items() if v in registry}
+    used = usual | parts | (dict(loss1=parts["loss"]) if "loss" in parts else {})
+    ours = lambda k, x: x is usual.get(k) and hasattr(x, "__qualname__") and x.__module__.startswith("tocoad.")
+    return {k: f"{x.__module__}.{x.__qualname__}" if ours(k, x) else source_of(x) for k, x in used.items()}
 
 # %% ../../nbs/run/5_compare.ipynb #049bd5ae
 @lru_cache
@@ -294,14 +294,14 @@ def compare(
     "Train and score every method with every seed on one category"
     start, device, seeds = time.perf_counter(), find_device(device), distinct(seeds)
     data, methods = data or load_at(*at(cfg, root)), methods or methods_for(cfg)
+    data = replace(data, fingerprint=content(data)) # of what is in memory now
     methods = methods if isinstance(methods, dict) else dict.fromkeys(methods)
     for m, change in methods.items():
         c, parts, system = member(cfg, m, change)
         tasks(c, data, parts, device, system) # what cannot be run is refused before anything is
         check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
-    with tempfile.TemporaryDirectory() as aside:
-        store = store or Store(Path(aside) / "store")
+    with tempfile.TemporaryDirectory() as aside, (store := store or Store(Path(aside) / "store")).busy():
         for seed, m in tqdm(todo, cfg.category, disable=not progress, leave=False):
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device)

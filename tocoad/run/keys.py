@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPUTING', 'PACKAGES', 'SHARED', 'STAGES', 'hardware', 'versions', 'computed_by', 'Task', 'code_of_stage', 'task',
-           'chain', 'scored']
+           'chain', 'scored', 'content', 'check_current']
 
 # %% ../../nbs/run/2_keys.ipynb #7a35dfce
 import hashlib
@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
+from ..data.errors import BadInput
 from ..files import folder_content
-from .source import code_of, version_of
+from .components import UNTOLD, code_of
+from .source import version_of
 from ..systems.settings import Shared
 from ..systems.system import PARTS, TOCOAD, Stage, System, system_of
 
@@ -77,6 +79,7 @@ class Task:
     needs: tuple = () # tasks before it
     about: dict = field(default_factory=dict, compare=False) # what the key was made from
     custom: tuple = field(default=(), compare=False) # components of the whole run that are not the package's
+    kept: bool = field(default=True, compare=False) # stored; not if something cannot be told from others like it
 
     def __hash__(self):
         return hash((self.stage, self.key))
@@ -126,8 +129,9 @@ def task(
                  read=[_read(t) for t in needs] if s.judges else [],
                  parts={k: parts[k] for k in s.parts if k in parts}, extra=extra)
     text = json.dumps(about, sort_keys=True, default=list)
+    kept = UNTOLD not in text and all(t.kept for t in needs)
     own = tuple(k for k in PARTS if k in parts and (not parts[k].startswith("tocoad.") or " " in parts[k]))
-    return Task(stage, cfg, hashlib.sha256(text.encode()).hexdigest()[:24], s, tuple(needs), about, own)
+    return Task(stage, cfg, hashlib.sha256(text.encode()).hexdigest()[:24], s, tuple(needs), about, own, kept)
 
 # %% ../../nbs/run/2_keys.ipynb #e00bb45c
 def chain(
@@ -151,3 +155,23 @@ def scored(
 ) -> Task:
     "The task of a run that gives image scores and maps"
     return ts["metrics"].needs[0]
+
+# %% ../../nbs/run/2_keys.ipynb #c0de7e02
+def content(
+    data, # `Category`
+) -> str: # 32 hexadecimal digits, as the loader notes it
+    "Fingerprint of the images, labels and masks that are in memory"
+    from tocoad.data.images import fingerprint
+    train, test, more = data.train, data.test, data.validation
+    labels = train.labels.new_tensor([*train.labels.tolist(), *test.labels.tolist()])
+    masks = test.masks if test.labels.any() else None
+    return fingerprint(train.images, test.images, labels, masks, *([] if more is None else [more.images]))
+
+def check_current(
+    t: Task, # about to be computed
+    data, # `Category`
+):
+    "`Stale` or BadInput if the code on disk or the images are no longer those that the key was made of"
+    code_of_stage(t.does, t.cfg)
+    if content(data) != t.about["data"]:
+        raise BadInput(f"the images of {data.name} have changed since they were loaded: load them again.")
