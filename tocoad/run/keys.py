@@ -161,7 +161,7 @@ def content(
     data, # `Category`
 ) -> str: # 32 hexadecimal digits, as the loader notes it
     "Fingerprint of the images, labels and masks that are in memory"
-    from tocoad.data.images import fingerprint
+    from tocoad.data.cache import fingerprint
     train, test, more = data.train, data.test, data.validation
     labels = train.labels.new_tensor([*train.labels.tolist(), *test.labels.tolist()])
     masks = test.masks if test.labels.any() else None
