@@ -72,6 +72,7 @@ def _plain(value, kind):
         raise ValueError
     return value
 
+# %% ../../nbs/systems/1_settings.ipynb #c898e832
 def _fit(value, kind):
     "A value in any type; TypeError or ValueError if it is of another"
     origin, args = get_origin(kind), get_args(kind)
