@@ -57,7 +57,7 @@ def to_train(
 def walk(
     folder: Path | str, # with its sub-folders, hidden ones left out
     shut: list, # takes the names of folders that cannot be entered
-) -> Iterator[Path]: # of files
+) -> Iterator[str]: # paths of files
     "The files below a folder; a linked folder is entered once, and never one that holds this one"
     seen = set(map(os.path.realpath, Path(os.path.realpath(folder)).parents))
     for at, subs, names in os.walk(folder, onerror=lambda e: shut.append(e), followlinks=True):
@@ -66,20 +66,20 @@ def walk(
             continue
         seen.add(real)
         subs[:] = sorted((s for s in subs if s[0] != "."), key=lambda s, at=at: os.path.islink(os.path.join(at, s)))
-        yield from (Path(at, n) for n in names)
+        yield from (os.path.join(at, n) for n in names)
 
 # %% ../../nbs/data/checks.ipynb #510e2aa8
 def unread(
     folder: Path, items, # of a category; what its reader listed
 ) -> list: # of paths
     "Image files of a category that no item names, and folders that are shut"
-    used, shut = {p for i in items for p in (i.path, i.mask) if p}, []
-    beside = {(p.parent, p.stem) for p in used}
-    def _known(p): # read, hidden, the label picture of a good image, or published without labels
+    used, shut, ends = {str(p) for i in items for p in (i.path, i.mask) if p}, [], tuple(SUFFIXES)
+    out = [Path(p) for p in walk(folder, shut) if p not in used and p.lower().endswith(ends)]
+    beside = {(p.parent, p.stem) for p in map(Path, used if out else ())}
+    def _known(p): # hidden, the label picture of a good image, or published without labels
         label = (p.parent, p.stem.removesuffix("_label")) in beside
-        return p in used or p.name[0] == "." or label or any(d.startswith("test_private") for d in p.parts)
-    out = [p for p in walk(folder, shut) if p.suffix.lower() in SUFFIXES and not _known(p)]
-    return sorted(out) + [Path(e.filename) for e in shut]
+        return label or p.name[0] == "." or any(d.startswith("test_private") for d in p.parts)
+    return sorted(p for p in out if not _known(p)) + [Path(e.filename) for e in shut]
 
 def left_out(
     folder: Path, items, tree: str, # as for `unread`; a layout's shape in a few words

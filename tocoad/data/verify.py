@@ -96,7 +96,7 @@ def _look(path, name, masks, hashed):
 def _tree(root, r):
     "{relative path: Path} of all files; a linked folder is followed once; what cannot be entered is a problem"
     shut = []
-    out = {p.relative_to(root).as_posix(): p for p in walk(root, shut)}
+    out = {p.relative_to(root).as_posix(): p for p in map(Path, walk(root, shut))}
     r.problems += [f"{e.filename} cannot be read ({e.strerror})" for e in shut]
     return out
 
