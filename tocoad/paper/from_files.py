@@ -177,8 +177,9 @@ def _options(profile, settings, pooled, target):
     "What the files say they were made with"
     records, _, tables = pooled
     said = [t["settings"] for t in sorted(tables, key=lambda t: t["target"] != target) if t["profile"] == profile]
-    seeds = sorted({r["seed"] for r in records.values() if r["profile"] == profile})
-    return options(profile, seeds=seeds, settings=settings or said[0])
+    runs = [r["metrics"] for r in runs_in(records) if "redraws" in r]
+    seeds = sorted({m["seed"] for m in runs if m["profile"] == profile})
+    return options(profile, seeds=seeds or [0], settings=settings or said[0])
 
 def results(
     target: str, # a table, or "panel"

@@ -45,7 +45,7 @@ def _folder(run, folders, root):
 
 # %% ../../nbs/paper/recheck.ipynb #ce11000c
 FROZEN_POINTS = .01 # a run that trains nothing
-TRAINED_POINTS = dict(image_auroc=2.5, pixel_auroc=.4, aupro=1.) # measured, see above
+TRAINED_POINTS = dict(image_auroc=2.5, pixel_auroc=.4, aupro=1.) # upper limits, see above
 
 def tolerance(
     run: dict, # from `from_files.runs_in`
