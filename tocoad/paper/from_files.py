@@ -18,7 +18,7 @@ from .plan import Options, _make, datasets, options
 from .published import CATEGORIES
 from .report import Results
 from ..run import exchange
-from ..run.keys import chain, scored
+from ..run.keys import chain
 from ..run.stages import between
 
 # %% ../../nbs/paper/from_files.ipynb #fa110008
@@ -66,6 +66,7 @@ def runs_in(
             out.append(run | {x["stage"]: x for s in list(run.values()) for x in beside.get(s["key"], ())})
     return out
 
+# %% ../../nbs/paper/from_files.ipynb #fa11000c2
 def make_of(run: dict) -> str: # run: from `runs_in`
     "What two runs must share to be compared: images, weights of F, arithmetic, versions"
     made = [r["made_from"] for r in run.values()]
@@ -73,27 +74,32 @@ def make_of(run: dict) -> str: # run: from `runs_in`
     return json.dumps([made[0]["data"], weights, run["metrics"]["made_from"]["by"]], sort_keys=True)
 
 # %% ../../nbs/paper/from_files.ipynb #fa11000f
+def _read(t):
+    "What a task that reads scores and maps reads"
+    return t.needs[0].key, json.dumps(t.about["read"], default=list)
+
 def _found(runs):
     "A function from tasks of a run to the run; what it found: key of a task -> record; pairs (run, its tasks)"
     table, known = {}, {}
     def of(ts): # stage -> task
         "The first run that is alike"
-        end = scored(ts).key
+        end = _read(ts["metrics"])
         if end not in known:
             known[end] = next(((r, ts) for r in runs if alike(r, ts)), None)
             run = known[end][0] if known[end] else {}
             table.update({t.key: run[s] for s, t in ts.items() if s in run})
-            table["redraws", end] = run.get("redraws")
+            table[end] = run.get("redraws")
         return known[end]
     return of, table, known
 
+# %% ../../nbs/paper/from_files.ipynb #fa11000f3
 def _outcome(t, table):
     "What the files say of a task, or that they say nothing"
     if t.stage == "redraws":
-        return table["redraws", t.needs[0].key]
+        return table[_read(t)]
     if t.stage != "difference":
         return table.get(t.key, "not in the file")
-    sides, metric = [table["redraws", n.needs[0].key] for n in t.needs], t.about["extra"]["metric"]
+    sides, metric = [table[_read(n)] for n in t.needs], t.about["extra"]["metric"]
     if any(metric not in s["redraws"] for s in sides):
         return "not in the file"
     return sides[0] | dict(values=asdict(between(metric, [exchange.redrawn(s) for s in sides])))
@@ -126,6 +132,7 @@ def _why_not(run, target, sets):
         return "without labels or redraws (an earlier format)"
     return "of an own split" if target != "panel" and known.get("own_split") else ""
 
+# %% ../../nbs/paper/from_files.ipynb #fa1100112
 def sorted_out(
     runs: list, # from `runs_in`
     target: str, # a table, or "panel"
@@ -173,6 +180,7 @@ def files_in(paths) -> list: # paths: files, or folders of such
                        "`tocoad runs export` wrote.")
     return found
 
+# %% ../../nbs/paper/from_files.ipynb #fa1100172
 def _options(profile, settings, pooled, target):
     "What the files say they were made with"
     records, _, tables = pooled

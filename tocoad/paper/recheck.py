@@ -77,6 +77,7 @@ def choose(
                        "category's folder, or give the --root of the paper's data sets.")
     return random.Random(seed).sample(there, min(sample, len(there))), every
 
+# %% ../../nbs/paper/recheck.ipynb #ce11000f2
 def seconds(run: dict) -> float: # run: from `from_files.runs_in`
     "How long a run took where it was made"
     return sum(r["seconds"] for r in run.values())
@@ -86,6 +87,7 @@ def named(run: dict) -> str: # run: from `from_files.runs_in`
     m = run["metrics"]
     return f"{m['profile']}, {m['dataset']}/{m['category']}, {m['method']}, seed {m['seed']}"
 
+# %% ../../nbs/paper/recheck.ipynb #ce11000f5
 def _again(run, at, device, places):
     "The metrics of a run, computed here"
     from tocoad.run import compare
@@ -98,6 +100,7 @@ def _again(run, at, device, places):
         ts = compare.tasks(cfg, data, device=device.type)
         return compare.carry_out(ts["metrics"], data, Store(Path(aside) / "store"), device=device)["values"]
 
+# %% ../../nbs/paper/recheck.ipynb #ce11000f7
 def recheck(
     chosen, every, # from `choose`
     device=None, # None: a GPU if there is one

@@ -32,6 +32,17 @@ def parameters(
             out[key] = json.loads(text)
     return out
 
+# %% ../../nbs/paper/reproduce.ipynb #196ce950
+def _check_files(files, targets, computes): # computes: whether something else was asked for that computes
+    "BadInput if targets cannot be drawn from files of results alone"
+    if figures := [t for t in targets if t.startswith("figure")]:
+        raise BadInput(f"--from: {' '.join(figures)} {'show' if figures[1:] else 'shows'} images, which files of "
+                       "results do not hold: name tables, verdict or panel.")
+    if computes:
+        raise BadInput("--from draws from files and computes nothing: leave --root, --folders, --budget, --workers and "
+                       "--dry-run out.")
+    exchange.pool(from_files.files_in(files))
+
 # %% ../../nbs/paper/reproduce.ipynb #196ce951
 def check(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
@@ -41,14 +52,8 @@ def check(
 ) -> dict: # from `parameters`
     "BadInput if what is asked for does not fit together"
     o = every[0]
-    if files and (figures := [t for t in targets if t.startswith("figure")]):
-        raise BadInput(f"--from: {' '.join(figures)} {'show' if figures[1:] else 'shows'} images, which files of "
-                       "results do not hold: name tables, verdict or panel.")
-    if files and (o.root or o.folders or budget_of or workers or dry_run):
-        raise BadInput("--from draws from files and computes nothing: leave --root, --folders, --budget, --workers and "
-                       "--dry-run out.")
     if files:
-        exchange.pool(from_files.files_in(files))
+        _check_files(files, targets, o.root or o.folders or budget_of or workers or dry_run)
         return parameters(pairs, targets)
     if o.folders and targets != ["panel"]:
         raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "

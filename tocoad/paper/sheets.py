@@ -256,8 +256,7 @@ def compute(
     plan.check(targets, o)
     store, found = Store(o.store), {}
     device = compare.find_device(o.device) if workers is None else o.device
-    many = sum(map(len, plan.outline(targets, o).values()))
-    with store.busy(), tqdm(None, "stages", many, disable=quiet, unit="stage") as bar:
+    with store.busy(), tqdm(None, "stages", sum(map(len, plan.outline(targets, o).values())), disable=quiet) as bar:
         for g, ts in plan.groups(targets, o).items():
             start = time.perf_counter()
             found[g] = _group(ts, o, *g, store, device, workers, log, bar, quiet, stored)

@@ -66,6 +66,7 @@ def measured(
             out[m] = mean_interval(found)
     return out
 
+# %% ../../nbs/paper/surfaces.ipynb #5f11000b2
 def decide(
     r: Results, # of the panel, one profile
     level: float = .05, # of pages with a false verdict
