@@ -120,8 +120,6 @@ def _outside(f):
     return out
 
 # %% ../../nbs/run/components.ipynb #84f9a6ed
-_COMPILED = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-             types.MethodWrapperType, types.ClassMethodDescriptorType, np.ufunc)
 _MADE_BY = {"__builtins__", "__spec__", "__loader__", "__file__", "__cached__", "__path__", "__doc__", "__dict__",
             "__weakref__", "_abc_impl", "__firstlineno__", "__static_attributes__",
             "tocoad_met"} # by Python, at an import or a class
@@ -138,6 +136,21 @@ def _as_imported(m):
         if vars(m.__spec__ or m).setdefault("tocoad_met", now) != now: # a reload makes another spec
             raise ValueError(f"{file} has changed since it was imported")
 
+def _module(m):
+    "What a module of one's own is made of"
+    if not str(getattr(m, "__file__", None) or ".py").endswith(".py"):
+        raise ValueError(f"{m.__name__} is compiled code of one's own")
+    _as_imported(m)
+    return [m.__name__, _without(vars(m))]
+
+# %% ../../nbs/run/components.ipynb #526a1a26
+def _content(cell):
+    "What a closure's cell holds"
+    try:
+        return [cell.cell_contents]
+    except ValueError: # nothing yet
+        return []
+
 def _function(f):
     "What a function is made of"
     name = f.__globals__.get("__name__", "__main__")
@@ -147,25 +160,15 @@ def _function(f):
     notes = [] if home else [f.__annotations__]
     return [home or _outside(f), f.__code__, f.__qualname__, f.__defaults__, f.__kwdefaults__, cells, vars(f), *notes]
 
-def _content(cell):
-    "What a closure's cell holds"
-    try:
-        return [cell.cell_contents]
-    except ValueError: # nothing yet
-        return []
-
-def _module(m):
-    "What a module of one's own is made of"
-    if not str(getattr(m, "__file__", None) or ".py").endswith(".py"):
-        raise ValueError(f"{m.__name__} is compiled code of one's own")
-    _as_imported(m)
-    return [m.__name__, _without(vars(m))]
-
-# %% ../../nbs/run/components.ipynb #84f9a6ee
+# %% ../../nbs/run/components.ipynb #9b592c4c
 def _tensor(x):
     "What a tensor is made of"
     bits = x.detach().cpu().contiguous().flatten().view(sys.modules["torch"].uint8).numpy().tobytes()
     return [type(x), str(x.dtype), tuple(x.shape), x.stride(), x.device.type, x.requires_grad, vars(x), bits]
+
+# %% ../../nbs/run/components.ipynb #84f9a6ee
+_COMPILED = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
+             types.MethodWrapperType, types.ClassMethodDescriptorType, np.ufunc)
 
 def _compiled(x):
     "What compiled code is told by, where it is not found under its name"
@@ -173,15 +176,6 @@ def _compiled(x):
     if owner is None or isinstance(owner, (types.ModuleType, type)) and not _known(owner):
         raise ValueError(f"{x!r} is compiled code of one's own")
     return [owner, x.__name__]
-
-_MADE_OF = {
-    dict: lambda x: [y for pair in x.items() for y in pair], list: list, tuple: list, types.FunctionType: _function,
-    types.CodeType: _code, types.ModuleType: _module, types.MethodType: lambda x: [x.__func__, x.__self__],
-    property: lambda x: [x.fget, x.fset, x.fdel], classmethod: lambda x: [x.__func__],
-    staticmethod: lambda x: [x.__func__], cached_property: lambda x: [x.func],
-    type(_release): lambda x: [_without(vars(x))], types.MappingProxyType: lambda x: [dict(x)],
-    types.GetSetDescriptorType: lambda x: [x.__objclass__, x.__name__],
-    types.MemberDescriptorType: lambda x: [x.__objclass__, x.__name__]} | dict.fromkeys(_COMPILED, _compiled)
 
 # %% ../../nbs/run/components.ipynb #84f9a6ef
 def _pickled(x):
@@ -196,12 +190,23 @@ def _pickled(x):
         return [home]
     return [list(y) if i in (3, 4) and y is not None else y for i, y in enumerate(found)]
 
+# %% ../../nbs/run/components.ipynb #524ee838
 def _object(x):
     "What an object is made of: its class, its attributes where the class is one's own, and what pickle sees"
     kinds = [c for c in type(x).__mro__ if not _known(c)]
     slots = [n for c in kinds for n, v in vars(c).items() if isinstance(v, types.MemberDescriptorType)]
     own = [getattr(x, "__dict__", None), [getattr(x, n, None) for n in slots]] if kinds else []
     return [type(x), *own, *_pickled(x)]
+
+# %% ../../nbs/run/components.ipynb #ab3b9ebc
+_MADE_OF = {
+    dict: lambda x: [y for pair in x.items() for y in pair], list: list, tuple: list, types.FunctionType: _function,
+    types.CodeType: _code, types.ModuleType: _module, types.MethodType: lambda x: [x.__func__, x.__self__],
+    property: lambda x: [x.fget, x.fset, x.fdel], classmethod: lambda x: [x.__func__],
+    staticmethod: lambda x: [x.__func__], cached_property: lambda x: [x.func],
+    type(_release): lambda x: [_without(vars(x))], types.MappingProxyType: lambda x: [dict(x)],
+    types.GetSetDescriptorType: lambda x: [x.__objclass__, x.__name__],
+    types.MemberDescriptorType: lambda x: [x.__objclass__, x.__name__]} | dict.fromkeys(_COMPILED, _compiled)
 
 def _made_of(x):
     "What a thing is made of; an error if nobody can say"
@@ -228,6 +233,7 @@ def _told(x, seen):
         seen[id(x)] = len(seen), x
     return _sha(kind.__qualname__ + "".join([_told(y, seen) for y in _made_of(x)]))
 
+# %% ../../nbs/run/components.ipynb #5c20d80e
 def source_of(
     x, # a component: a function, a class, an object of such a class, or a plain value
 ) -> str: # text that changes whenever the component does; with `UNTOLD` if that cannot be promised

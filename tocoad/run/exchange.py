@@ -50,14 +50,6 @@ def key_of(
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 # %% ../../nbs/run/exchange.ipynb #e87317dc
-def _image_scores(r, store):
-    "The score of each test image, float32, as text; None if the scores are gone"
-    try:
-        arrays = store.load(r["stage"], r["key"])
-    except OSError:
-        return None
-    return _text(arrays["image"] if "image" in arrays else arrays["patch_scores"].max((1, 2)))
-
 def _text(x):
     "Numbers as text, float32"
     return base64.b64encode(x.astype("<f4").tobytes()).decode()
@@ -73,6 +65,15 @@ def redrawn(
 ) -> tuple: # counts, arrays, as the stage gives them
     "The metrics of a run for many draws of its test images"
     return r["values"], {k: np.frombuffer(base64.b64decode(v), "<f4") for k, v in r["redraws"].items()}
+
+# %% ../../nbs/run/exchange.ipynb #e84579d7
+def _image_scores(r, store):
+    "The score of each test image, float32, as text; None if the scores are gone"
+    try:
+        arrays = store.load(r["stage"], r["key"])
+    except OSError:
+        return None
+    return _text(arrays["image"] if "image" in arrays else arrays["patch_scores"].max((1, 2)))
 
 def _outward(r, store):
     "A record as the file keeps it"
@@ -143,6 +144,7 @@ def spare(
     alone = {p for p in files if p.suffix == ".safetensors" and not p.with_suffix(".json").exists()}
     return gone, half | alone | {p for p in keyed if p.suffix == ".lock"} - gone
 
+# %% ../../nbs/run/exchange.ipynb #be302de3
 def outlook(
     store: Store,
 ) -> tuple: # files, words; BadInput while a run is at work
@@ -155,6 +157,7 @@ def outlook(
     return gone | left, (f"{len(records)} records{f' ({stages})' * bool(stages)}, {len(left)} leftovers, "
                          f"{size / 1e6:.1f} MB; {named} stages are named by {len(tables)} tables and figures")
 
+# %% ../../nbs/run/exchange.ipynb #e9bb12fc
 def drop(
     store: Store,
     files, # from `outlook`
@@ -183,12 +186,13 @@ def _order(r):
     "Where a record stands in the file"
     return r["profile"], r["category"], r["seed"], r["written"], r["key"]
 
-# %% ../../nbs/run/exchange.ipynb #c1325740
+# %% ../../nbs/run/exchange.ipynb #eae7ff21
 def _hash(head, body):
     "The hash of a file: of its first line, without the hash itself, and of all others"
     first = _line({k: v for k, v in head.items() if k != "sha256"}) + "\n" if head["format"] > 1 else ""
     return hashlib.sha256((first + body).encode()).hexdigest()
 
+# %% ../../nbs/run/exchange.ipynb #c1325740
 def export(
     store: Store,
     path, # file to write

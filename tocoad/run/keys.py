@@ -69,6 +69,7 @@ SHARED = {
     "tour": Stage("paper.tour.tour", tuple(_TOUR), ("loss", "views", "patches"))}
 STAGES = TOCOAD | SHARED
 
+# %% ../../nbs/run/2_keys.ipynb #35f3b79e
 @dataclass(frozen=True)
 class Task:
     "One stage with everything its result depends on"

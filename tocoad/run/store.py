@@ -101,12 +101,13 @@ def _open(root):
     if not os.access(root, os.W_OK):
         raise BadInput(f"Cannot write into the store {root}: change its permissions or give another --store.")
 
-# %% ../../nbs/run/3_store.ipynb #8d7f26c6
+# %% ../../nbs/run/3_store.ipynb #e7b7fe9f
 @cache
 def _aside(root):
     "A folder beside a store, for results that nobody may use again; gone when the process ends"
     return tempfile.TemporaryDirectory(prefix="tocoad-")
 
+# %% ../../nbs/run/3_store.ipynb #8d7f26c6
 class Store:
     "Stored stages in a folder"
     def __init__(self,
@@ -152,6 +153,7 @@ def busy(self: Store):
         mine.release()
         Path(mine.lock_file).unlink(missing_ok=True) # nobody else ever takes it
 
+# %% ../../nbs/run/3_store.ipynb #c2904138
 @patch
 @contextmanager
 def alone(self: Store):
@@ -167,6 +169,7 @@ def alone(self: Store):
                 raise BadInput(f"a run is at work on the store {self.root}: wait until it has ended.") from None
         yield
 
+# %% ../../nbs/run/3_store.ipynb #8800c61b
 @patch
 @contextmanager
 def lock(self: Store, t):
@@ -175,6 +178,52 @@ def lock(self: Store, t):
     path.parent.mkdir(parents=True, exist_ok=True)
     with self.busy(), FileLock(path):
         yield
+
+# %% ../../nbs/run/3_store.ipynb #d75634cd
+def _save(arrays, path):
+    "Write arrays in one atomic step: their bytes and hash"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        content = packed({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        with whole(path) as aside:
+            aside.write_bytes(content)
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"Cannot write {path}: {e}; make room or give another --store.") from None
+    return len(content), _sha(content)
+
+@patch
+def _arrays(self: Store, r, path):
+    "The bytes of a record's tensors; None if they are not as they were written"
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return None
+    return found if _sha(found) == r.get("tensors") else None
+
+# %% ../../nbs/run/3_store.ipynb #287d22d1
+@patch
+def drop(self: Store,
+    t, # a task or a record
+    record: bool = True, # its record too, not only its tensors
+) -> int: # bytes freed
+    "Remove a stored task"
+    suffixes = (".json", ".safetensors") if record else (".safetensors",)
+    place = lambda s: self.at(t["stage"], t["key"], s) if isinstance(t, dict) else self.path(t, s)
+    paths = [p for s in suffixes if (p := place(s)).exists()]
+    freed = sum(p.stat().st_size for p in paths)
+    for p in paths:
+        p.unlink(missing_ok=True)
+    return freed
+
+# %% ../../nbs/run/3_store.ipynb #01b0e105
+@patch
+def _lost(self: Store, t, path):
+    "Drop what is not as it was written, and say so; what has no hash is of an earlier version"
+    if path.suffix == ".json" and b'"sha256": "' not in path.read_bytes():
+        return warnings.warn(f"{self.root} holds records without hashes, as earlier versions wrote them: they are not "
+                             "used, but computed anew where they are asked for.", stacklevel=3)
+    warnings.warn(f"{path} is not as it was written: it is dropped and computed anew.", stacklevel=3)
+    self.drop(t)
 
 # %% ../../nbs/run/3_store.ipynb #d75634cc
 _RECORD = dict(config=dict, made_from=dict, bytes=int, written=str, values=dict, seconds=(int, float))
@@ -202,36 +251,6 @@ def record(self: Store,
         return self._lost(t, arrays)
     return r
 
-# %% ../../nbs/run/3_store.ipynb #d75634cd
-@patch
-def _arrays(self: Store, r, path):
-    "The bytes of a record's tensors; None if they are not as they were written"
-    try:
-        found = path.read_bytes()
-    except OSError:
-        return None
-    return found if _sha(found) == r.get("tensors") else None
-
-@patch
-def _lost(self: Store, t, path):
-    "Drop what is not as it was written, and say so; what has no hash is of an earlier version"
-    if path.suffix == ".json" and b'"sha256": "' not in path.read_bytes():
-        return warnings.warn(f"{self.root} holds records without hashes, as earlier versions wrote them: they are not "
-                             "used, but computed anew where they are asked for.", stacklevel=3)
-    warnings.warn(f"{path} is not as it was written: it is dropped and computed anew.", stacklevel=3)
-    self.drop(t)
-
-def _save(arrays, path):
-    "Write arrays in one atomic step: their bytes and hash"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        content = packed({k: np.ascontiguousarray(v) for k, v in arrays.items()})
-        with whole(path) as aside:
-            aside.write_bytes(content)
-    except (OSError, SafetensorError) as e:
-        raise BadInput(f"Cannot write {path}: {e}; make room or give another --store.") from None
-    return len(content), _sha(content)
-
 # %% ../../nbs/run/3_store.ipynb #e299db4d
 def _who(c):
     "Whose result a record is"
@@ -256,21 +275,7 @@ def put(self: Store,
         f.write(line)
     return self.record(t)
 
-# %% ../../nbs/run/3_store.ipynb #287d22d1
-@patch
-def drop(self: Store,
-    t, # a task or a record
-    record: bool = True, # its record too, not only its tensors
-) -> int: # bytes freed
-    "Remove a stored task"
-    suffixes = (".json", ".safetensors") if record else (".safetensors",)
-    place = lambda s: self.at(t["stage"], t["key"], s) if isinstance(t, dict) else self.path(t, s)
-    paths = [p for s in suffixes if (p := place(s)).exists()]
-    freed = sum(p.stat().st_size for p in paths)
-    for p in paths:
-        p.unlink(missing_ok=True)
-    return freed
-
+# %% ../../nbs/run/3_store.ipynb #faef6386
 @patch
 def records(self: Store) -> list: # of dicts, by time
     "All stored records that are as they were written"
@@ -300,6 +305,7 @@ def load(self: Store,
         raise BadInput(f"{arrays} is not as it was written; its record was dropped, start again.")
     return unpacked(content)
 
+# %% ../../nbs/run/3_store.ipynb #59be59ec
 @patch
 def tensors(self: Store,
     t: Task,

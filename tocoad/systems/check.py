@@ -152,6 +152,7 @@ def _generator(G, t): # t: a `Trial`
     except AssertionError as e:
         raise BadInput(str(e)) from None
 
+# %% ../../nbs/systems/4_check.ipynb #a517f8cb
 def _loss(loss, t):
     "One number with a gradient, the same again, also for images without anomaly"
     size = t.cfg.size
@@ -186,6 +187,7 @@ def _views(views, t):
     low, high = view.min().item(), view.max().item()
     need(-1e-3 <= low and high <= 1.001, f"values {low:.3f} to {high:.3f} are not within [0, 1]")
 
+# %% ../../nbs/systems/4_check.ipynb #9f0703a4
 def _head(head, t):
     "A module from the width of the projections to the same"
     width, made = t.cfg.width, call(head, t.cfg.width, alone=False)
@@ -236,6 +238,7 @@ def _sampler(sampler, t):
     need(0 <= idx.min() and idx.max() < len(X), f"indices {idx.min()} to {idx.max()} are not all of 0 to {len(X) - 1}")
     need(torch.equal(idx, again), "the same seed gave two results")
 
+# %% ../../nbs/systems/4_check.ipynb #7d8eb8ea
 def _scorer(scorer, t):
     "A score for each patch, small for those that are stored"
     bank = torch.randn(max(64, t.cfg.b + 1), 8, generator=torch.Generator().manual_seed(0)).to(t.device)
