@@ -8,7 +8,6 @@ __all__ = ['PARAMETERS', 'needed', 'expand', 'regenerate', 'forecast', 'notebook
 
 # %% ../../nbs/paper/regenerate.ipynb #b5d52e87
 import html
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -8,7 +8,6 @@ __all__ = ['SETS', 'LEVELS', 'CLAIMS', 'Claim', 'claims_of', 'measured', 'decide
 # %% ../../nbs/paper/surfaces.ipynb #5f110004
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from ..measure.intervals import mean_interval
