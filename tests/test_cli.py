@@ -211,3 +211,35 @@ def test_one_system_alone_trains_and_draws_nothing_of_training(tmp_path, capsys)
     assert "_curves.png" not in capsys.readouterr().out
     assert main(["run", "--systems", "frozn"]) == 2
     assert "--systems cannot be 'frozn': take frozen, tocoad" in capsys.readouterr().err
+
+
+NOBODY = """import os, pwd, sys
+def nobody(*a): raise KeyError("uid not found")
+pwd.getpwuid = nobody
+from tocoad.cli import main
+sys.exit(main(sys.argv[1:]))"""
+
+
+def _alone(code, *words, **how):
+    "The command in a process without a home folder"
+    away = {"HOME", "TOCOAD_CACHE", "TOCOAD_STORE", "XDG_CACHE_HOME"}
+    env = {k: v for k, v in os.environ.items() if k not in away}
+    return subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, **how)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no passwd")
+@pytest.mark.parametrize("words", (["runs", "list"], ["run", "--systems", "frozen", "--quiet"]), ids=" ".join)
+def test_without_a_home_one_sentence_says_what_to_set(tmp_path, words):
+    done = _alone(NOBODY, *words, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "set TOCOAD_CACHE" in done.stderr
+    assert list(tmp_path.glob("~*")) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_reader_that_stops_is_no_error(tmp_path):
+    code = "import sys; from tocoad.cli import main; sys.exit(main(['data', 'list']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -8,6 +8,7 @@ __all__ = ['Profile', 'COMMANDS', 'GROUPS', 'settle', 'run', 'reproduce', 'data_
 
 # %% ../nbs/cli.ipynb #2dec1fad
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -257,9 +258,14 @@ def main(
     given = vars(p.parse_args(words))
     call = given.pop("call", None)
     try:
-        return call(**given) or 0 if call else p.print_help() or 2
+        status = call(**given) or 0 if call else p.print_help() or 2
+        sys.stdout.flush()
+        return status
     except BadInput as e:
         return say(e, getattr(e, "status", 1))
+    except BrokenPipeError: # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as e:
         return say(f"{e.filename or 'a file'}: {e.strerror or e}; give another place, or change its permissions")
     except KeyboardInterrupt:

@@ -40,7 +40,10 @@ def whole(
 # %% ../nbs/files.ipynb #64fa7bcd
 def cache_dir() -> Path: # may not exist yet
     "Where decoded images and stored results are kept: `TOCOAD_CACHE`, or the system's cache folder"
-    return Path(os.environ.get("TOCOAD_CACHE") or platformdirs.user_cache_path("tocoad")).expanduser()
+    try:
+        return Path(os.environ.get("TOCOAD_CACHE") or platformdirs.user_cache_path("tocoad")).expanduser()
+    except RuntimeError: # a user without a home, as in some containers
+        raise BadInput("there is no home folder to keep results in: set TOCOAD_CACHE to a folder") from None
 
 # %% ../nbs/files.ipynb #70e571f3
 def state_of(p: Path) -> tuple: # size, times of change, number on the disk
