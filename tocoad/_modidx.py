@@ -212,6 +212,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tocoad.data.verify._Seen': ('data/verify.html#_seen', 'tocoad/data/verify.py'),
                                     'tocoad.data.verify._counted': ('data/verify.html#_counted', 'tocoad/data/verify.py'),
                                     'tocoad.data.verify._doubts': ('data/verify.html#_doubts', 'tocoad/data/verify.py'),
+                                    'tocoad.data.verify._folder': ('data/verify.html#_folder', 'tocoad/data/verify.py'),
+                                    'tocoad.data.verify._judged': ('data/verify.html#_judged', 'tocoad/data/verify.py'),
                                     'tocoad.data.verify._look': ('data/verify.html#_look', 'tocoad/data/verify.py'),
                                     'tocoad.data.verify._look_all': ('data/verify.html#_look_all', 'tocoad/data/verify.py'),
                                     'tocoad.data.verify._manifest': ('data/verify.html#_manifest', 'tocoad/data/verify.py'),

@@ -43,6 +43,7 @@ def _kept(file):
             _seal(file).write_text(state)
     return tensors, json.loads(about["about"])
 
+# %% ../../nbs/data/cache.ipynb #b8c97d07
 def cached(
     name: str, # of the data
     what: list, # all that it depends on; its `repr` is hashed

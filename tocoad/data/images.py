@@ -148,6 +148,7 @@ def squared(
     content = hashlib.sha256(pixels.tobytes()).hexdigest()
     return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), content, peak)
 
+# %% ../../nbs/data/1_images.ipynb #8dc0afe4
 def read_image(
     path: Path | str, # an image file
     size: int = 256, # side of the square, pixels

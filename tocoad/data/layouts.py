@@ -65,6 +65,7 @@ def match(
         have[name] = m
     return [have.get(p.stem) for p in images]
 
+# %% ../../nbs/data/2_layouts.ipynb #d51501b3
 def _part(split, defect, files, masks=(), cut=0): # masks may lie among the files
     stems, ends = {p.stem for p in files}, ("_mask",) if masks else ("_mask", "_label")
     beside = [p for p in files if any(p.stem.endswith(e) and p.stem.removesuffix(e) in stems for e in ends)]
@@ -72,6 +73,7 @@ def _part(split, defect, files, masks=(), cut=0): # masks may lie among the file
     masks = match(images, [*masks, *beside])
     return [Item(p, defect != "good", defect, m, split, cut) for p, m in zip(images, masks, strict=True)]
 
+# %% ../../nbs/data/2_layouts.ipynb #b65ef1ff
 def _whole(items, folder, *places): # every reader ends with this check
     for split, where in places:
         if not any(i.split == split for i in items):
@@ -94,6 +96,7 @@ def _kinds(*places):
     "The folders' names in some folders, those of masks left out"
     return sorted({d.name for p in places for d in folders(p) if d.name.lower() not in MASKS})
 
+# %% ../../nbs/data/2_layouts.ipynb #f32402de
 def read_mvtec(
     root: Path, # holds the category's folder
     category: str, # its name
@@ -128,6 +131,7 @@ def _table(file, category):
                        "normal or anomaly, and training sees normal images only (take 1cls.csv)")
     return t
 
+# %% ../../nbs/data/2_layouts.ipynb #a198bea0
 def _once(file, category, root, items):
     "BadInput if a table names a file twice, or an image of another category"
     for p, n in Counter(os.path.normpath(p) for i in items for p in (i.path, i.mask) if p).items():

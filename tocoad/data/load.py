@@ -50,6 +50,7 @@ def _decode(items, size, shorter=False, cast=False):
         list(ex.map(_mask, with_mask))
     return torch.from_numpy(images), torch.from_numpy(masks), about, said
 
+# %% ../../nbs/data/load.ipynb #9612fbf2
 def _state(items, *how): # how: size, shorter, cast
     "All that decoded images depend on"
     code = source_hash(getmodule(read_image), getmodule(read_mask), _decode)

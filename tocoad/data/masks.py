@@ -68,9 +68,27 @@ def look(
     edge = np.concatenate([a[0], a[-1], a[1:-1, 0], a[1:-1, -1]])
     return Drawn(a.shape[::-1], turn(im), _tally(a), _tally(edge), clear, im.format in ("JPEG", "MPO", "WEBP"))
 
-# %% ../../nbs/data/masks.ipynb #d9dceb9d
+# %% ../../nbs/data/masks.ipynb #4d2c05fe
 CLASSES, LEVELS, MOST = 31, 16, 0.75 # largest class number; numbers that classes may have; share that a mask may mark
 
+def _one(p, d, cut, strict, clear):
+    "BadInput if a mask cannot be one; strict: what it draws must reach above the cut"
+    w, h = d.size
+    share = lambda levels, of: sum(n for v, n in levels.items() if v > cut) / of
+    inside, border = share(d.levels, w * h), share(d.edge, 2 * w + 2 * max(h - 2, 0))
+    if max(inside, border) > MOST:
+        raise BadInput(f"{p} marks {inside:.0%} of its image and {border:.0%} of the border: store it with defects "
+                       "above a background of 0, or take it out")
+    if strict and d.levels and not inside:
+        raise BadInput(f"{p} holds no number above {cut}, which marks defects in the other masks: store 0 and 255")
+    if {"opaque", "transparent"} <= clear and d.clear == "opaque":
+        raise BadInput(f"{p} is nowhere transparent, but other masks draw in their transparency: store 0 and 255")
+    middle = sum(n for v, n in d.levels.items() if cut < 2 * v < 3 * cut)
+    ground = max(w * h - sum(d.levels.values()), *d.levels.values(), 0)
+    if len(d.levels) > LEVELS and (2 * ground < w * h or middle > max(0.02, inside) * w * h):
+        raise BadInput(f"{p} looks like a picture and not like a mask: put the mask of its image there")
+
+# %% ../../nbs/data/masks.ipynb #d9dceb9d
 def encoding(
     found: Mapping, # each mask's file -> `Drawn`
     known: int = 0, # above which soft masks count, where the layout says it; 0: it does not
@@ -96,24 +114,6 @@ def encoding(
     for p in (p for p in good if max(found[p].levels, default=0) > cut):
         raise BadInput(f"{p} marks a defect in an image that lies among the good ones: one of the two is wrong")
     return cut, notes + ["masks are drawn in their transparency"] * ("transparent" in clear)
-
-# %% ../../nbs/data/masks.ipynb #4d2c05fe
-def _one(p, d, cut, strict, clear):
-    "BadInput if a mask cannot be one; strict: what it draws must reach above the cut"
-    w, h = d.size
-    share = lambda levels, of: sum(n for v, n in levels.items() if v > cut) / of
-    inside, border = share(d.levels, w * h), share(d.edge, 2 * w + 2 * max(h - 2, 0))
-    if max(inside, border) > MOST:
-        raise BadInput(f"{p} marks {inside:.0%} of its image and {border:.0%} of the border: store it with defects "
-                       "above a background of 0, or take it out")
-    if strict and d.levels and not inside:
-        raise BadInput(f"{p} holds no number above {cut}, which marks defects in the other masks: store 0 and 255")
-    if {"opaque", "transparent"} <= clear and d.clear == "opaque":
-        raise BadInput(f"{p} is nowhere transparent, but other masks draw in their transparency: store 0 and 255")
-    middle = sum(n for v, n in d.levels.items() if cut < 2 * v < 3 * cut)
-    ground = max(w * h - sum(d.levels.values()), *d.levels.values(), 0)
-    if len(d.levels) > LEVELS and (2 * ground < w * h or middle > max(0.02, inside) * w * h):
-        raise BadInput(f"{p} looks like a picture and not like a mask: put the mask of its image there")
 
 # %% ../../nbs/data/masks.ipynb #b8562f76
 def unfit(

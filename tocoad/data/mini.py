@@ -250,9 +250,6 @@ def write_mini(
     return Path(root)
 
 # %% ../../nbs/data/3_mini.ipynb #d59a7d0c
-_PAINTERS = (*OBJECTS.values(), *SURFACE.values(), *BROKEN.values(), mini_defects, draw, write_mini, photo,
-             _texture, _field, _ink, _over, _bevel, _ring, _box, _pins, _screw, _path, _spot, _blob)
-
 def _list(folder): return folder.with_name(f"{folder.name}.txt")
 
 def _complete(folder):
@@ -271,6 +268,10 @@ def _written(folder, categories, n):
     rows = (f"{p.relative_to(folder).as_posix()} {p.stat().st_size}\n" for p in sorted(folder.rglob("*.png")))
     with whole(_list(folder)) as aside:
         aside.write_text("".join(rows))
+
+# %% ../../nbs/data/3_mini.ipynb #fcfaf87c
+_PAINTERS = (*OBJECTS.values(), *SURFACE.values(), *BROKEN.values(), mini_defects, draw, write_mini, photo,
+             _texture, _field, _ink, _over, _bevel, _ring, _box, _pins, _screw, _path, _spot, _blob)
 
 SETS = {"mini": (32, 8, 4), "lab": (64, 120, 40)} # images of a category: train, good test, each defect
 

@@ -162,6 +162,7 @@ def _pairs(items, seen, dataset, r):
         r.remarks.append(f"{len(hollow)} of {len(bad)} masks of anomalous images are empty (first {hollow[0]})")
     r.remarks += said
 
+# %% ../../nbs/data/5_verify.ipynb #5b429498
 def _doubts(category, items, seen, r):
     "Copies on both sides of the split or with both labels, and images of another depth"
     sound = [(i, p) for i in items if (p := seen[i.path].image)]
@@ -173,6 +174,7 @@ def _doubts(category, items, seen, r):
         listed.append(str(e))
     r.problems += [f"{category}: {text}" for text in listed]
 
+# %% ../../nbs/data/5_verify.ipynb #06443019
 def _resized(category, items, seen, dataset, r):
     "Copies at another size than the published one"
     want = SIZES.get((dataset, category))
@@ -234,6 +236,23 @@ def _look_all(tree, items, hashed, progress):
             ex.shutdown(cancel_futures=True)
             raise
 
+# %% ../../nbs/data/5_verify.ipynb #e6cfdee8
+def _folder(root, category): return root / category if (root / category).is_dir() else root
+
+def _judged(category, items, seen, dataset, layout, r):
+    "What there is to say of one category; its items as `load` takes them, with paths in the data set's folder"
+    rel = lambda p: Path(os.path.relpath(p, r.folder)).as_posix()
+    r.problems += [f"{category}: {text}" for text in left_out(_folder(r.folder, category), items, layout.tree)]
+    named = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in items]
+    shown = {rel(p): seen[p] for i in items for p in (i.path, i.mask) if p}
+    if layout.ours:
+        contents = [p.content if (p := shown[i.path].image) else i.path for i in named]
+        named = to_train(named, strayed(named, contents))
+    _pairs(named, shown, dataset, r)
+    _doubts(category, named, shown, r)
+    _resized(category, named, shown, dataset, r)
+    return named
+
 # %% ../../nbs/data/5_verify.ipynb #c3139901
 def verify(
     folder: Path | str, # holds the categories of one data set
@@ -247,25 +266,14 @@ def verify(
         raise BadInput(f"there is no folder {root}: name the folder that holds the categories")
     dataset, what, names, layout = _open_set(root, dataset)
     file = Path(manifest).expanduser() if manifest else root / SUMS
-    r, rel = Report(root, what), lambda p: Path(os.path.relpath(p, root)).as_posix()
+    r = Report(root, what)
     tree = _tree(root, r)
     items, blocked = _read_all(root, names, layout.read, r)
-    every = sum(items.values(), [])
-    folders = {c: root / c if (root / c).is_dir() else root for c in items}
-    seen = _look_all(tree, every, bool(manifest) or file.is_file(), progress)
+    seen = _look_all(tree, sum(items.values(), []), bool(manifest) or file.is_file(), progress)
     r.read, r.problems = len(seen), r.problems + [s.wrong for s in seen.values() if s.wrong]
-    shown = {rel(p): s for p, s in seen.items()}
-    for c, its in items.items():
-        r.problems += [f"{c}: {text}" for text in left_out(folders[c], its, layout.tree)]
-        named = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in its]
-        if layout.ours:
-            contents = [p.content if (p := shown[i.path].image) else i.path for i in named]
-            items[c] = named = to_train(named, strayed(named, contents))
-        _pairs(named, shown, dataset, r)
-        _doubts(c, named, shown, r)
-        _resized(c, named, shown, dataset, r)
+    items = {c: _judged(c, its, seen, dataset, layout, r) for c, its in items.items()}
     _counted(root, dataset, names, items, r)
-    _strays(tree, folders.values(), blocked, r)
+    _strays(tree, [_folder(root, c) for c in items], blocked, r)
     now = {n: seen[p].hash for n, p in tree.items() if p in seen and seen[p].hash and p.absolute() != file.absolute()}
     _manifest(file, now, tree, manifest, r)
     return r

@@ -194,6 +194,7 @@ def redraws_pixels(
         out[metric] = _redraws(m.any((1, 2)), (counts[2 if pro else 0], counts[1]), exact, stat, n, seed)
     return out
 
+# %% ../../nbs/measure/2_intervals.ipynb #d40a312e
 def paired_bootstrap_pixels(
     masks, # (N, H, W) bool
     a, # (N, H, W) or (S, N, H, W) maps of one method, or a list over S seeds

@@ -79,18 +79,18 @@ def perlin(theta, cells, size: tuple): # angles of the gradients (B, K, K); cell
     return math.sqrt(2) * (W_y @ theta.cos() @ D_x.mT + D_y @ theta.sin() @ W_x.mT)
 
 # %% ../../nbs/method/1_perlin.ipynb #c6df7be7
-def turned_noise(
-    n: int, size: tuple, generator=None, # images; (H, W); torch.Generator
-    scales: tuple = (0, 6), device="cpu", # cells are 2**k with k in range(*scales); where P lies
-): # P (n, H, W) in [-1, 1]
-    "Perlin noise of random scales, turned by a random angle"
+def turned_noise(n: int, size: tuple, generator=None, # images; (H, W); torch.Generator
+                 scales: tuple = (0, 6), device="cpu"): # cells are 2**k with k in range(*scales); where P lies
+    "Perlin noise of random scales, turned by a random angle: P (n, H, W) in [-1, 1]"
     cells = 2**(scales[0] + integers(scales[1] - scales[0], (n, 2), generator))
     K = int(cells.max()) + 1
     theta = 2 * math.pi * torch.rand(n, K, K, generator=generator)
     P = perlin(*(x.to(device, non_blocking=True) for x in (theta, cells)), size)
     return turn(P[:, None], uniform(-90, 90, n, generator))[:, 0]
 
-def perlin_mask(n, size, generator=None, scales=(0, 6), threshold: float = .5, count: int = 1, device="cpu"):
+# %% ../../nbs/method/1_perlin.ipynb #77314d0e
+def perlin_mask(n: int, size: tuple, generator=None, scales: tuple = (0, 6), # see `turned_noise`
+                threshold: float = .5, count: int = 1, device="cpu"): # of P; noises, the largest counts; where M lies
     "Perlin noise above a threshold: M, bool (n, H, W)"
     P = torch.stack([turned_noise(n, size, generator, scales, device) for _ in range(count)])
     return P.amax(0) > threshold

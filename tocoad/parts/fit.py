@@ -133,6 +133,7 @@ def _pictures(good, names, size, progress, top=SCALES[-1]):
     need = full_scale([x.peak for x in got])
     return (got, top) if need >= top else _pictures(good, names, size, progress, need)
 
+# %% ../../nbs/parts/1_fit.ipynb #3dbc759a
 def read_good(
     good, size: int = 224, # folder of good parts; side they are squeezed to
     most: int = 2000, seed: int = 0, # images read at most; of the order

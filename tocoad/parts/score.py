@@ -118,6 +118,7 @@ def _swap(aside, out):
                 os.replace(there, here)
         raise
 
+# %% ../../nbs/parts/2_score.ipynb #780abfd9
 @contextmanager
 def results(
     out: Path, # folder; may hold an earlier run's results
