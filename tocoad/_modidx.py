@@ -554,6 +554,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'tocoad.paper.from_files._found': ('paper/from_files.html#_found', 'tocoad/paper/from_files.py'),
                                          'tocoad.paper.from_files._given': ('paper/from_files.html#_given', 'tocoad/paper/from_files.py'),
                                          'tocoad.paper.from_files._group': ('paper/from_files.html#_group', 'tocoad/paper/from_files.py'),
+                                         'tocoad.paper.from_files._one': ('paper/from_files.html#_one', 'tocoad/paper/from_files.py'),
                                          'tocoad.paper.from_files._options': ( 'paper/from_files.html#_options',
                                                                                'tocoad/paper/from_files.py'),
                                          'tocoad.paper.from_files._outcome': ( 'paper/from_files.html#_outcome',

@@ -189,6 +189,12 @@ def _options(profile, settings, pooled, target):
     seeds = sorted({m["seed"] for m in runs if m["profile"] == profile})
     return options(profile, seeds=seeds or [0], settings=settings or said[0])
 
+def _one(target, profile, settings, pooled):
+    "The results of one profile"
+    o = _options(profile, settings, pooled, target)
+    return Results(sheet(target, o, pooled), None, o.rows(target))
+
+# %% ../../nbs/paper/from_files.ipynb #fa1100174
 def results(
     target: str, # a table, or "panel"
     files, # paths of files, or folders of such
@@ -202,9 +208,6 @@ def results(
     pooled = exchange.pool(files_in(files))
     there = list(dict.fromkeys(t["profile"] for t in pooled[2]))
     asked = [profile] if isinstance(profile, str) else list(profile)
-    out = []
-    for p in [p for p in asked if p in there] or there:
-        o = _options(p, settings, pooled, target)
-        out.append(Results(sheet(target, o, pooled), None, o.rows(target)))
-    out[0].beside = out[1:]
-    return out[0]
+    first, *others = [_one(target, p, settings, pooled) for p in [p for p in asked if p in there] or there]
+    first.beside = others
+    return first
