@@ -129,7 +129,7 @@ def kept(
     s = read_sealed(path)
     if s is None and Path(path).exists():
         warnings.warn(f"{path} is not as it was written, or of an earlier version: it is made anew.", stacklevel=2)
-    return s
+    return s and {k: v for k, v in s.items() if k not in ("number", "sha256")}
 
 # %% ../../nbs/run/exchange.ipynb #dd62b95b
 def spare(
