@@ -352,12 +352,13 @@ def test_score_paper_is_eq_9(b, scale):
 
 
 def test_limits_of_the_factor():
-    "b patches equally far take 1/b of the score away; one alone among far ones nothing; a memory of one patch all"
+    "b patches equally far take 1/b of the score away; one alone among far ones nothing; a memory of one patch is none"
     corners = torch.eye(9) * 3
     assert score_paper(Memory(corners), torch.zeros(1, 9), 9).item() == pytest.approx(3 * (1 - 1 / 9), rel=1e-6)
     lonely = torch.cat([torch.zeros(1, 2), 500 + torch.rand(8, 2, generator=seed(0))])
     assert score_paper(Memory(lonely), torch.tensor([[3., 4.]])).item() == pytest.approx(5, rel=1e-6)
-    assert score_paper(Memory(torch.zeros(1, 2)), torch.tensor([[3., 4.]])).item() == 0
+    with pytest.raises(BadInput, match="the memory holds one patch"):
+        score_paper(Memory(torch.zeros(1, 2)), torch.tensor([[3., 4.]]))
 
 
 def test_distances_too_large_for_the_exponential():
