@@ -225,10 +225,10 @@ class TrainingSettings:
     train_d: bool = False # D learns in stage II too (gap 5)
     batch: Whole[2, 65536] = 16 # images a step
     epochs1: Whole[1, 100000] = 100 # stage I
-    lr1: Real[0, 100] = 1e-4 # rate of D
+    lr1: Real[0, 1e30] = 1e-4 # rate of D
     epochs2: Whole[1, 100000] = 100 # stage II (gap 44, gap 45)
-    lr2: Real[0, 100] = 1e-3 # rate of F (gap 1)
-    lr_head: Real[0, 100] | None = 0.05 # rate of C's heads; None: as F (gap 18)
+    lr2: Real[0, 1e30] = 1e-3 # rate of F (gap 1)
+    lr_head: Real[0, 1e30] | None = 0.05 # rate of C's heads; None: as F (gap 18)
     curve: Whole[0, 100000] = 0 # score every so many epochs, for an oracle column; 0: never (gap 4)
 
 # %% ../../nbs/systems/1_settings.ipynb #bde4fccc
