@@ -472,7 +472,7 @@ def test_dry_run_counts_what_is_shared(say, tmp_path):
             2,
             "own parts have no data set",
         ),
-        (["run", "--set", "lr_head=-1"], 2, "lr_head must be a number from 0 to 100"),
+        (["run", "--set", "lr_head=-1"], 2, "lr_head must be a number from 0 to 1e+30"),
         (["run", "--set", "colour=nan"], 2, "colour must be a number from 0 to 1"),
         (["runs", "list", "--store", "{tmp}/none"], 1, "there is no store at"),
         (["run", "--set", "method=frozen"], 2, "every method is run"),
