@@ -770,6 +770,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tocoad.paper.surfaces.decide': ('paper/surfaces.html#decide', 'tocoad/paper/surfaces.py'),
                                        'tocoad.paper.surfaces.measured': ('paper/surfaces.html#measured', 'tocoad/paper/surfaces.py'),
                                        'tocoad.paper.surfaces.power': ('paper/surfaces.html#power', 'tocoad/paper/surfaces.py'),
+                                       'tocoad.paper.surfaces.printed': ('paper/surfaces.html#printed', 'tocoad/paper/surfaces.py'),
                                        'tocoad.paper.surfaces.verdicts': ('paper/surfaces.html#verdicts', 'tocoad/paper/surfaces.py')},
             'tocoad.paper.tour': { 'tocoad.paper.tour._bytes': ('paper/tour.html#_bytes', 'tocoad/paper/tour.py'),
                                    'tocoad.paper.tour._half': ('paper/tour.html#_half', 'tocoad/paper/tour.py'),

@@ -72,12 +72,11 @@ def folder_state(folder: Path | str) -> str: # 16 hexadecimal digits
 
 def folder_content(
     folder: Path | str, # of files
-    anew: bool = False, # read again what was remembered
 ) -> str: # 16 hexadecimal digits
     "A hash of the names and contents of the files below a folder"
     kept = cache_dir() / "contents" / folder_state(folder)
     with suppress(OSError):
-        if not anew and len(found := kept.read_text()) == 16:
+        if len(found := kept.read_text()) == 16:
             return found
     h = hashlib.blake2b(digest_size=8)
     for name, p in _files(folder):
