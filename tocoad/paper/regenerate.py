@@ -171,7 +171,7 @@ def _given(o, out, beside, files):
     return dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()),
                 store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
                 categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings),
-                files=[str(Path(f).absolute()) for f in files])
+                files=[str(Path(f).absolute()) for f in files]) | ({"systems": list(o.systems)} if o.systems else {})
 
 @contextmanager
 def _read_only():

@@ -57,6 +57,8 @@ def title(self: Results):
     profiles = " and ".join(x.sheet["profile"] for x in (self, *self.beside))
     plain = " ".join(re.sub(r"=.*[/\\]", "=", x) for x in s["settings"]) # textures=/where/it/lies/dtd -> textures=dtd
     also = f", with {plain}" if plain else ""
+    left = [f"{m} with {v}" for m, v in s.get("departures", {}).items() if m in self.rows]
+    also += "; ".join(["", *left])
     by = " and ".join(dict.fromkeys(map(machine, s["hardware"]))) or "no machine"
     return f"{what}{part}; profile {profiles}{mark(s['profile'])}{also}; {named_seeds(s['seeds'])}; {by}"
 
