@@ -196,6 +196,8 @@ def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
     "The `Config` that the options of `fit` describe; BadInput if they do not fit"
     from tocoad.run.config import config, settings
     changes = settings(set_)
+    if other := next((s for s in set_ if "." in s.partition("=")[0]), None):
+        raise BadInput(f"--set {other}: own parts are fitted by ToCoAD; leave the settings of other systems out.")
     fixed = {"profile", "seed", "method", "dataset", "category", "shorter", "mask", "curve", "image_score"}
     if fixed := fixed & set(changes):
         raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --stages; own parts have no data set, and "
