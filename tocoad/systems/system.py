@@ -106,6 +106,12 @@ SYSTEMS = {
     "frozen": System("frozen F", TOCOAD, Config, (1, 2, 3), lambda c, stages: ("memory", "scores")),
     "tocoad": System("ToCoAD", TOCOAD, Config, (1, 2, 3), _used)}
 
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c22
+SYSTEMS["padim"] = System("PaDiM", {
+    "padim": Stage("systems.padim.fit", (*_F, "channels", "ridge")),
+    "padim_scores": Stage("systems.padim.scores", _F, needs=("padim",), reader="systems.tocoad.maps_of", reads=_MAPS)},
+    "systems.padim.Settings", (1, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(channels=100)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
