@@ -119,6 +119,13 @@ SYSTEMS["spade"] = System("SPADE", {
                           reader="systems.spade.maps_of", reads=("size", "sigma", "neighbours"))},
     "systems.spade.Settings", (1, 2, 3))
 
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c24
+SYSTEMS["patchcore"] = System("PatchCore", {
+    "memory": TOCOAD["memory"],
+    "patchcore_scores": Stage("systems.patchcore.scores", (*_F, *_PATCHES, "b"), ("patches",), ("memory",), 2.,
+                              reader="systems.patchcore.maps_of", reads=("size", "sigma"))},
+    "systems.patchcore.Settings", (1, 2, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(dims=256)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
