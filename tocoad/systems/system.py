@@ -106,6 +106,26 @@ SYSTEMS = {
     "frozen": System("frozen F", TOCOAD, Config, (1, 2, 3), lambda c, stages: ("memory", "scores")),
     "tocoad": System("ToCoAD", TOCOAD, Config, (1, 2, 3), _used)}
 
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c22
+SYSTEMS["padim"] = System("PaDiM", {
+    "padim": Stage("systems.padim.fit", (*_F, "channels", "ridge")),
+    "padim_scores": Stage("systems.padim.scores", _F, needs=("padim",), reader="systems.tocoad.maps_of", reads=_MAPS)},
+    "systems.padim.Settings", (1, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(channels=100)))
+
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c23
+SYSTEMS["spade"] = System("SPADE", {
+    "spade": Stage("systems.spade.fit", _F),
+    "spade_scores": Stage("systems.spade.scores", (*_F, "gallery"), needs=("spade",), work=25.,
+                          reader="systems.spade.maps_of", reads=("size", "sigma", "neighbours"))},
+    "systems.spade.Settings", (1, 2, 3))
+
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c24
+SYSTEMS["patchcore"] = System("PatchCore", {
+    "memory": TOCOAD["memory"],
+    "patchcore_scores": Stage("systems.patchcore.scores", (*_F, *_PATCHES, "b"), ("patches",), ("memory",), 2.,
+                              reader="systems.patchcore.maps_of", reads=("size", "sigma"))},
+    "systems.patchcore.Settings", (1, 2, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(dims=256)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
