@@ -22,7 +22,7 @@ Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.
 
 def settle(root=None, dataset=None, category=None, profile=None, set_=(), systems=("tocoad",)): # options of `run`
     "The `Config` that the options of `run` describe; BadInput if they do not fit"
-    from tocoad.run.config import config, settings
+    from tocoad.run.config import check_settings, config, settings
     from tocoad.systems.settings import ask_for_textures
     from tocoad.systems.system import SYSTEMS
     changes, mini = settings(set_), root is None
@@ -35,6 +35,7 @@ def settle(root=None, dataset=None, category=None, profile=None, set_=(), system
     cfg = config(profile or ("smoke" if mini else "laptop"), **names | changes)
     for name in systems:
         one_of(name, SYSTEMS, "--systems")
+    check_settings(set_, cfg)
     if "tocoad" in systems:
         ask_for_textures(cfg)
     return cfg
@@ -63,7 +64,7 @@ def run(
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
-    methods, store = compare.methods_for(cfg, systems), Store(store)
+    methods, store = compare.methods_for(cfg, systems, set_), Store(store)
     result = compare.compare(cfg, seeds, methods, data, device=device, progress=not quiet, store=store)
     _keep(result, out, json_)
 
@@ -90,6 +91,7 @@ def reproduce(
     root: str = None, # folder that holds mvtec_ad, visa, btad, as far as they are there (default: the mini data set)
     categories: list[str] = None, # only these (default: all that are there)
     folders: list[str] = (), # for the panel: the folders of its categories, such as data/mvtec_ad/bottle
+    systems: list[str] = None, # of Tables 1-3, such as tocoad padim, beside the frozen F (default: all)
     param: list[str] = (), # NAME=VALUE, more parameters for the notebooks that have them
     from_: list[Path] = (), # files of results, or folders of such, to draw from; nothing is computed
     out: Path = Path("reports"), # folder for tables, figures, notebooks and index.html
@@ -104,7 +106,7 @@ def reproduce(
     from tocoad.paper import reproduce as room
     with wrong_command():
         names = list(dict.fromkeys(profile or ["smoke" if root is None and not folders else "laptop"]))
-        every = [room.plan.options(p, root, seeds, categories, set_, store, device, folders) for p in names]
+        every = [room.plan.options(p, root, seeds, categories, set_, store, device, folders, systems) for p in names]
         targets = room.regenerate.expand(targets)
         extra = room.check(targets, every, budget, workers, param, dry_run, from_)
     keep = keep or ("scores" if {"literal", "paper"} & set(names) else "all")
@@ -194,6 +196,8 @@ def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
     "The `Config` that the options of `fit` describe; BadInput if they do not fit"
     from tocoad.run.config import config, settings
     changes = settings(set_)
+    if other := next((s for s in set_ if "." in s.partition("=")[0]), None):
+        raise BadInput(f"--set {other}: own parts are fitted by ToCoAD; leave the settings of other systems out.")
     fixed = {"profile", "seed", "method", "dataset", "category", "shorter", "mask", "curve", "image_score"}
     if fixed := fixed & set(changes):
         raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --stages; own parts have no data set, and "

@@ -20,9 +20,9 @@ from ..data.errors import BadInput
 from . import plan, published, sheets
 from . import rows as rows_room
 from .published import CATEGORIES
-from ..run.keys import chain
+from ..run.keys import STAGES, chain, scored
 from ..run.store import Store, default_store, read_sealed
-from ..systems.settings import Config, resolved
+from ..systems.settings import Shared
 
 # %% ../../nbs/paper/budget.ipynb #6109a2ae
 def seconds(
@@ -70,7 +70,7 @@ class Run:
     dataset: str
     category: str
     row: str # its name in the target that wants it first
-    cfg: Config
+    cfg: Shared
     rank: int = 0 # of its row within its tier
 
 def schedule(targets, o) -> list: # targets: tables, or the panel; o: `plan.Options`; each configuration once
@@ -78,9 +78,10 @@ def schedule(targets, o) -> list: # targets: tables, or the panel; o: `plan.Opti
     out, places = {}, plan.groups(targets, o)
     for (d, c), target in ((p, t) for p, ts in places.items() for t in ts):
         first = main(target, o)
-        for (rank, row), (k, seed) in product(enumerate(dict.fromkeys([*first, *o.rows(target)])), enumerate(o.seeds)):
+        ranked = enumerate(dict.fromkeys([*first, *o.runs(target, d, c)]))
+        for (rank, row), (k, seed) in product(ranked, enumerate(o.seeds)):
             late = row not in first or k >= SEEDS
-            cfg = resolved(o.config(d, c, seed, row))
+            cfg = o.config(d, c, seed, row).resolved()
             run = Run(k + SEEDS * late, d, c, row.name, cfg, rank)
             if cfg not in out or run.tier < out[cfg].tier:
                 out[cfg] = run
@@ -96,17 +97,17 @@ ACTIVATIONS = dict(tf_efficientnet_lite0=79.1, resnet18=22.2, resnet50=86.1, wid
 PASSING = ("stage2", "contrastive", "memory") # stages whose tensors go after their run where only scores are kept
 
 def gpu_memory(
-    c: Config,
+    c: Shared,
 ) -> float: # GB
-    "What training takes at its largest moment, in float32"
-    images = 2 * c.batch * ACTIVATIONS[c.backbone] * (c.size / 224)**2
+    "What training takes at its largest moment, in float32; of another system F's part of it"
+    images = 2 * getattr(c, "batch", 1) * ACTIVATIONS[c.backbone] * (c.size / 224)**2
     return (images + 16 * WEIGHTS[c.backbone]) / 1000
 
 def disk(
-    stage: str, c: Config,
+    stage: str, c: Shared,
     n: int, # training images
 ) -> float: # GB
-    "What a stored stage takes"
+    "What a stored stage takes; of another system its maps alone"
     patches, F = (c.size // 8)**2, 4 * WEIGHTS[c.backbone] / 1000
     if stage in ("stage2", "contrastive"):
         return F * (1 + (c.epochs2 // c.curve if c.curve else 0))
@@ -114,7 +115,7 @@ def disk(
         return 4 * D_WEIGHTS[c.backbone] / 1000
     if stage == "memory":
         return c.coreset * n * patches * 4 * (c.dims or 256) / 1e9
-    return patches * 4 * n / 1e9 if stage == "scores" else 0. # as many test images as training images
+    return patches * 4 * n / 1e9 if stage.endswith("scores") else 0. # as many test images as training images
 
 # %% ../../nbs/paper/budget.ipynb #bd2f5002
 def in_turn(targets, many) -> list: # many: `plan.Options`, or several side by side; pairs (`Run`, its options)
@@ -139,7 +140,7 @@ def _left(ts, store, seen):
     for s in ("curve", "metrics"):
         if s in ts:
             need(ts[s])
-    need(ts["scores"], True)
+    need(scored(ts), True)
     return out
 
 # %% ../../nbs/paper/budget.ipynb #d9915b7c
@@ -209,8 +210,9 @@ def _one(targets, store, device, kind, end, workers, keep, log, turn):
     found = cluster.carry_out_all(last, data, store, "cpu" if workers else device, failed=failed)
     bad = next((why for why in found.values() if isinstance(why, str)), None)
     log(f"{name}: {f'failed: {bad}' if bad else f'{time.perf_counter() - start:.0f} s'}")
-    for k in ts.keys() & set(PASSING) if keep == "scores" and not bad else ():
-        store.drop(ts[k], record=False)
+    passing = [t for t in ts.values() if t.stage in PASSING or t.stage not in STAGES and t is not scored(ts)]
+    for t in passing if keep == "scores" and not bad else ():
+        store.drop(t, record=False)
     return "failed" if bad else "there"
 
 # %% ../../nbs/paper/budget.ipynb #8bd09105

@@ -22,10 +22,10 @@ from . import published
 from .published import CATEGORIES
 from .report import groups_of
 from .rows import FROZEN, GALLERIES, HALF, TOURS, TWO_STAGE, control, rows
-from ..run.config import config, settings
+from ..run.config import check_settings, config, settings, settings_of
 from ..run.keys import STAGES, chain, computed_by, scored, task
 from ..run.store import Store
-from ..systems.settings import ask_for_textures, distinct, shared
+from ..systems.settings import ask_for_textures, distinct
 from ..systems.system import SYSTEMS
 
 # %% ../../nbs/paper/plan.ipynb #9a0370b9
@@ -62,7 +62,9 @@ def find(
 # %% ../../nbs/paper/plan.ipynb #a63ebbae
 def _checked(o):
     "BadInput if options do not fit"
-    config(o.profile, **settings(o.settings))
+    check_settings(o.settings, config(o.profile, **settings(o.settings)))
+    for s in o.systems or ():
+        one_of(s, SYSTEMS, "--systems")
     if o.root is not None and not o.place.is_dir():
         raise BadInput(f"there is no folder {o.root}: give as --root the folder that holds mvtec_ad, visa or btad.")
     for c in o.categories or ():
@@ -89,6 +91,7 @@ class Options:
     store: str | None = None # None: `default_store()`
     device: str | None = None
     folders: tuple = () # of the panel: each a category
+    systems: tuple | None = None # keys of `SYSTEMS` to stand beside the frozen F in Tables 1-3; None: all
 
     def __post_init__(self):
         "`BadInput` before anything is computed"
@@ -98,11 +101,16 @@ class Options:
         "The settings of one cell"
         base = config(self.profile, dataset=dataset, category=category, seed=seed)
         base = base.replace(**PROFILE_OF.get((self.profile, dataset), {}) | row.changes | settings(self.settings))
-        return SYSTEMS[row.system].settings(**shared(base), method=row.system) if row.system else base
+        return settings_of(row.system, base, self.settings) if row.system else base
 
     def rows(self, target):
         "The runs that a table needs with these settings"
-        return rows(target, self.bn2)
+        return rows(target, self.bn2, self.systems)
+
+    def runs(self, target, dataset, category): # a group of the target
+        "The rows that run on a group: at smoke other systems only on the first"
+        whole = self.profile != "smoke" or (dataset, category) == next(iter(places(target, self)), None)
+        return [r for r in self.rows(target) if whole or not r.system]
 
 # %% ../../nbs/paper/plan.ipynb #28b7e963
 @patch(as_prop=True)
@@ -127,14 +135,15 @@ def _words(x):
 
 def options(
     profile: str = "smoke", root=None, seeds=(0,), categories=None, # see `Options`
-    settings=(), store=None, device=None, folders=(),
+    settings=(), store=None, device=None, folders=(), systems=None,
     **_, # other parameters of a notebook
 ) -> Options:
     "`Options` from a notebook's parameters"
     root, store = (None if x is None else str(x) for x in (root, store))
     categories = _words(categories) if categories else None
     seeds, folders = tuple(int(s) if isinstance(s, str) else s for s in _words(seeds)), tuple(map(str, folders))
-    return Options(profile, root, seeds, categories, _words(settings), store, device, folders)
+    systems = _words(systems) if systems else None
+    return Options(profile, root, seeds, categories, _words(settings), store, device, folders, systems)
 
 # %% ../../nbs/paper/plan.ipynb #8e9a46be
 def check(
@@ -191,14 +200,15 @@ def _text_pairs(target, every):
 
 def against(
     target: str, # a table
-    bn2: str = "eval", # as for `rows`
+    *options, # bn2, systems: as for `rows`
 ) -> list: # pairs (row, row it is compared with)
     "The paired differences of a table"
-    every = rows(target, bn2)
+    every = rows(target, *options)
     to_frozen = [(r, FROZEN) for r in every if r.method != "frozen"]
     to_reference = [(r, b) for b in every if b.reference for r in every if r not in (b, FROZEN)]
     to_control = [(r, c) for r in every if r.method in ("two_stage", "contrastive") and (c := control(r)) in every]
-    return list(dict.fromkeys([*to_frozen, *to_reference, *_text_pairs(target, every), *to_control]))
+    to_systems = [(r, x) for x in every if x.system for r in every if r.name == TWO_STAGE["Perlin"].name]
+    return list(dict.fromkeys([*to_frozen, *to_reference, *_text_pairs(target, every), *to_systems, *to_control]))
 
 # %% ../../nbs/paper/plan.ipynb #b495c667
 def metrics_of(
@@ -207,15 +217,15 @@ def metrics_of(
     "The metrics that its differences are taken in"
     return (*METRICS, "aupro") if target == "panel" else METRICS
 
-def _of_table(t, o, run, make, cfg, masks, there):
+def _of_table(t, o, every, run, make, cfg, masks, there): # every: the rows that run on the group
     "The tasks that a table wants of a group"
     last = {}
-    runs = {(row, s): ts for row in o.rows(t) for s in o.seeds if there(ts := run(row, s))}
+    runs = {(row, s): ts for row in every for s in o.seeds if there(ts := run(row, s))}
     for (row, s), ts in runs.items():
         last["metrics", t, row.name, s] = ts["metrics"]
         last["redraws", t, row.name, s] = make("redraws", cfg(row, s), (scored(ts),), draws=1000)
         last |= {(stage, t, row.name, s): ts[stage] for stage in TRAINING if stage in ts}
-    for a, b in against(t, o.bn2):
+    for a, b in against(t, o.bn2, o.systems):
         seeds = [s for s in o.seeds if (a, s) in runs and (b, s) in runs]
         sides = tuple(last["redraws", t, r.name, s] for r in (b, a) for s in seeds)
         for m in metrics_of(t) if sides else ():
@@ -245,7 +255,7 @@ def wanted(
             both = tuple(scored(run(r, o.seeds[0])) for r in rows(t))
             last["gallery", t] = make("gallery", cfg(rows(t)[1], o.seeds[0]), both, count=GALLERIES[t])
         else:
-            last |= _of_table(t, o, run, make, cfg, masks, there)
+            last |= _of_table(t, o, o.runs(t, dataset, category), run, make, cfg, masks, there)
     return last
 
 # %% ../../nbs/paper/plan.ipynb #e0a978a8

@@ -30,6 +30,7 @@ from ..run.exchange import kept
 from ..run.keys import chain
 from ..run.source import PACKAGE
 from ..run.store import Store, default_store, read_sealed
+from ..systems.settings import Config
 
 # %% ../../nbs/paper/regenerate.ipynb #549d28c3
 def needed(
@@ -109,7 +110,7 @@ def forecast(
     o: Options,
     everywhere: bool = False, # all categories of the paper, whether they are here or not
     rates=None, # from `rates_from`; they go before those of the store
-) -> pd.DataFrame: # a row per category: runs, stages, stored, to compute, hours
+) -> pd.DataFrame: # a row per category: runs, stages, stored, to compute, hours, those of other systems among them
     "What a reproduction would compute"
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
     rates, kind, out = (rates_in(store) if store else {}) | (rates or {}), _kind(o.device), []
@@ -120,10 +121,12 @@ def forecast(
         missing = _missing(targets, o, d, c, known, store) if known else ts
         n = known["images"] if known else images_in(d, c, folder)
         measured = bool(missing) and all(_rate_of(t.stage, t.cfg, kind) in rates for t in missing)
+        hours = lambda tasks, n=n: estimate(tasks, n, rates, kind) / 3600
         out.append(dict(dataset=d, category=c, runs=sum(t.stage == "metrics" for t in ts), stages=len(ts),
                         stored=len(ts) - len(missing), compute=len(missing),
-                        hours=estimate(missing, n, rates, kind) / 3600, measured=measured))
-    columns = "dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured"
+                        hours=hours(missing), measured=measured,
+                        others=hours([t for t in missing if not isinstance(t.cfg, Config)])))
+    columns = "dataset", "category", "runs", "stages", "stored", "compute", "hours", "measured", "others"
     return pd.DataFrame(out, columns=columns)
 
 # %% ../../nbs/paper/regenerate.ipynb #6a46e09a
@@ -171,7 +174,7 @@ def _given(o, out, beside, files):
     return dict(profile=[o.profile, *beside] if beside else o.profile, root=o.root and str(o.place.absolute()),
                 store=str(Store(o.store).root.absolute()), out=str(out), seeds=list(o.seeds),
                 categories=o.categories and list(o.categories), device=o.device, settings=list(o.settings),
-                files=[str(Path(f).absolute()) for f in files])
+                files=[str(Path(f).absolute()) for f in files]) | ({"systems": list(o.systems)} if o.systems else {})
 
 @contextmanager
 def _read_only():

@@ -57,6 +57,8 @@ def title(self: Results):
     profiles = " and ".join(x.sheet["profile"] for x in (self, *self.beside))
     plain = " ".join(re.sub(r"=.*[/\\]", "=", x) for x in s["settings"]) # textures=/where/it/lies/dtd -> textures=dtd
     also = f", with {plain}" if plain else ""
+    left = [f"{m} with {v}" for m, v in s.get("departures", {}).items() if m in self.rows]
+    also += "; ".join(["", *left])
     by = " and ".join(dict.fromkeys(map(machine, s["hardware"]))) or "no machine"
     return f"{what}{part}; profile {profiles}{mark(s['profile'])}{also}; {named_seeds(s['seeds'])}; {by}"
 
@@ -191,20 +193,34 @@ def _ours(r, method, metrics, known, at):
     out = {"ours": _pair(map(str, v)), "ours - published": _pair("-" if np.isnan(d) else f"{d:+.2f}" for d in less)}
     return out | {"D's pull, %": str(value(r, method, "pull", *at)), "training": training(r, method, *at) or "-"}
 
+def _cells(r, method, metrics, known, real, at): # real: the metrics that the published cell holds
+    "Our columns, twice where the published cell holds other metrics than its header says"
+    if [*real] == [*metrics]:
+        return _ours(r, method, metrics, known, at)
+    like = _ours(r, method, real, known, at)
+    names = " / ".join(map(label, real))
+    return _ours(r, method, metrics, [np.nan] * len(metrics), at) | {f"{k}, {names}": like[k] for k in [*like][:2]}
+
+def _own(dataset):
+    "What other sources say of a data set: (method, category, metric) -> text"
+    t = published.elsewhere().query("dataset == @dataset")
+    return dict(zip(zip(t.method, t.category, t.metric, strict=True), t.value.map("{:g}".format), strict=True))
+
 # %% ../../nbs/paper/report.ipynb #e658afec
 @side_by_side
-def comparison(r: Results) -> pd.DataFrame: # text; columns: (method, "published" | "ours" | ...)
-    "Tables 1-3: published, ours, difference"
+def comparison(r: Results) -> pd.DataFrame: # text; columns: (method, "published" | "elsewhere" | "ours" | ...)
+    "Tables 1-3: published, the systems' own papers or reruns, ours, differences"
     n, out = int(r.target[-1]), {}
     t, metrics = published.table(n), printed_metrics(n)
-    said = t.set_index(["method", "category", "metric"])
+    said, own = t.set_index(["method", "category", "metric"]), _own(t.dataset[0])
     for c, *at in lines(r, every=True):
         line = out["mini (stand-in)" if at[0] == "mini" else label(at[0]), label(c)] = {}
         for m in dict.fromkeys([*t.method, *r.rows]):
             keys = [(m, c if at[0] != "mini" else "", k) for k in metrics]
             line[m, "published"] = _pair(said.printed.get(k, "-") for k in keys)
-            known = [said.value.get(k, np.nan) for k in keys]
-            line |= {(m, k): v for k, v in _ours(r, m, metrics, known, at).items()} if m in r.rows else {}
+            line[m, "elsewhere"] = _pair(own.get(k, "-") for k in keys)
+            known, real = [said.value.get(k, np.nan) for k in keys], published.holds(n, m, c)
+            line |= {(m, k): v for k, v in _cells(r, m, metrics, known, real, at).items()} if m in r.rows else {}
     f = frame_of(out, [None, " / ".join(map(label, metrics))])
     return f.loc[:, [k[1] == "ours" or set(f[k]) != {"-"} for k in f]]
 

@@ -55,6 +55,8 @@ def check(
     if files:
         _check_files(files, targets, o.root or o.folders or budget_of or workers or dry_run)
         return parameters(pairs, targets)
+    if o.systems and not {*targets} <= {*rows.TABLES[:3]}:
+        raise BadInput("--systems: only table1, table2 and table3 have columns of other systems; name these alone.")
     if o.folders and targets != ["panel"]:
         raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
                        "from --root; folders of your choice are for `tocoad reproduce panel`.")
@@ -82,10 +84,11 @@ def in_words(
     if f.measured.any() or rates:
         how = f"from {known}" if len(f) and f.measured.all() else f"partly from {known}, partly {how}"
     missing = {d: cs for t in read for d in plan.datasets(t) if (cs := plan.find(o.place, d, None)[2])}
+    theirs = f", {span(f.others.sum())} of it for other systems" if f.others.sum() else ""
     lines = [f"{len(targets)} tables and figures, profile {o.profile}, seeds {' '.join(map(str, o.seeds))}: "
              f"{len(rows.distinct(read, o.bn2))} configurations on {len(f)} categories",
              f"{f.runs.sum()} runs in {f.stages.sum()} stages after sharing; {f.stored.sum()} stages stored or "
-             f"not needed, {f['compute'].sum()} to compute", f"{span(f.hours.sum())} ({how})"]
+             f"not needed, {f['compute'].sum()} to compute", f"{span(f.hours.sum())}{theirs} ({how})"]
     lines += [f"not there: {d}: {', '.join(cs)}" for d, cs in missing.items()]
     if missing:
         whole = regenerate.forecast(read, o, True, rates).hours.sum()

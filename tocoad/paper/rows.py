@@ -108,6 +108,7 @@ def _systems(n):
 def rows(
     target: str, # one of `TARGETS`
     bn2: str = "eval", # batch norm in stage II: with controls unless it is "eval"
+    systems=None, # keys of `SYSTEMS` beside the frozen F; None: all
 ) -> tuple: # of `Row`, the frozen F first
     "The runs that a table needs"
     one_of(target, TARGETS, "a table or figure")
@@ -117,6 +118,8 @@ def rows(
         return FROZEN, TWO_STAGE["Perlin"]
     n = TABLES.index(target) + 1 if target in TABLES else 0
     out = (FROZEN, *_printed(n), *OURS.get(target, ()), *_systems(n)) if n else PANEL
+    if systems is not None:
+        out = tuple(r for r in out if r is FROZEN or (r.system or "tocoad") in systems)
     return out if bn2 == "eval" else tuple(dict.fromkeys([*out, *filter(None, map(control, out))]))
 
 # %% ../../nbs/paper/rows.ipynb #be3e447c

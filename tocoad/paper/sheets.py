@@ -29,7 +29,7 @@ from ..run.config import config, settings
 from ..run.keys import STAGES, computed_by, scored
 from ..run.source import fingerprint
 from ..run.store import Store, write_sealed
-from ..systems.system import SYSTEMS
+from ..systems.system import SYSTEMS, departures
 
 # %% ../../nbs/paper/sheets.ipynb #f8640b89
 def _code(target, o):
@@ -95,6 +95,11 @@ def _percent(x):
     return None if x is None else 100 * x
 
 # %% ../../nbs/paper/sheets.ipynb #66065b1f
+def _departures(target, o):
+    "What the other systems of a table leave of their published settings"
+    every = {r.name: departures(o.config("mvtec_ad", "bottle", 0, r)) for r in o.rows(target) if r.system}
+    return {name: left for name, left in every.items() if left}
+
 def sheet(
     target: str, # of `TARGETS`
     o: Options,
@@ -106,7 +111,8 @@ def sheet(
     for (dataset, category), what in found.items():
         at = dict(dataset=dataset, category=category)
         if isinstance(what, str):
-            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.rows(target) for s in o.seeds]
+            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.runs(target, dataset, category)
+                              for s in o.seeds]
             continue
         got["sets"].append(at | what[2])
         ends = {names: end for names, end in what[0].items() if names[1] == target}
@@ -115,9 +121,10 @@ def sheet(
             _enter(got, at, kind, names, end, what[1][end], what, target, o)
         done = [r for end in ends.values() if not isinstance(r := what[1][end], str)]
         machines |= {json.dumps(r["hardware"]): r["versions"] for r in done}
-    due = 0 if target.startswith("figure") else len(o.rows(target)) * len(o.seeds) * len(found)
+    due = 0 if target.startswith("figure") else len(o.seeds) * sum(len(o.runs(target, *g)) for g in found)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
-                mini=o.root is None and target != "panel", **got, versions=list(machines.values()), keys=sorted(keys),
+                mini=o.root is None and target != "panel", departures=_departures(target, o), **got,
+                versions=list(machines.values()), keys=sorted(keys),
                 hardware=[json.loads(m) for m in machines], left=due and due - len(got["runs"]) - len(got["failed"]),
                 missing={d: find(o.place, d, o.categories)[2] for d in datasets(target)})
 

@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'CONTROLS', 'DIFFERENCES', 'reason', 'shown', 'carry_out',
 import copy
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,12 +30,13 @@ from ..method.discriminator import LOSSES
 from ..method.memory import PATCHES, SCORERS
 from ..method.weights import BACKBONES, file_sha256, weights_path
 from .components import source_of
+from .config import settings_of
 from .keys import Task, chain, check_current, content, hardware, scored, versions
 from .source import code_hash
 from .store import Store
 from ..systems.check import check_numbers, check_parts, find_device
-from ..systems.settings import Shared, ask_for_textures, distinct, shared
-from ..systems.system import PARTS, SYSTEMS, TRAINS, System, find
+from ..systems.settings import Config, Shared, ask_for_textures, distinct
+from ..systems.system import PARTS, SYSTEMS, TRAINS, System, departures, find
 from ..systems.tocoad import GENERATORS
 
 # %% ../../nbs/run/5_compare.ipynb #5f62c7b6
@@ -168,10 +169,12 @@ CONTROLS = dict(contrastive="contrastive_control", two_stage="control") # method
 def methods_for(
     cfg, # has bn2
     systems=("frozen", "tocoad"), # keys of `SYSTEMS`
-) -> tuple: # names
+    pairs=(), # texts "system.key=value"
+) -> dict: # name -> settings, None for those of ToCoAD
     "The methods to compare: ToCoAD's with controls where batch norm takes new statistics in stage II"
     ways = (*METHODS[1:], *(CONTROLS.values() if cfg.bn2 != "eval" else ()))
-    return tuple(m for s in systems for m in (ways if s == "tocoad" else (s,)))
+    names = [m for s in systems for m in (ways if s == "tocoad" else (s,))]
+    return {m: None if m in TRAINS else settings_of(m, cfg, pairs) for m in names}
 
 # %% ../../nbs/run/5_compare.ipynb #db799d99
 def _reused(stages):
@@ -193,6 +196,7 @@ class Comparison:
     stages: pd.DataFrame # method, seed, stage, computed, seconds
     seconds: float = 0.
     gpu: str | None = None
+    departures: dict = field(default_factory=dict) # method -> published settings that it leaves, if any
 
     def summary(self): # method -> metric -> (mean, deviation over seeds)
         "Metrics over seeds"
@@ -226,7 +230,7 @@ def load_at(
 # %% ../../nbs/run/5_compare.ipynb #8fd716d5
 _LOGGED = "stage1", "stage2", "contrastive", "curve"
 
-def _together(cfg, data, seeds, methods, runs, seconds, device):
+def _together(cfg, data, seeds, methods, runs, seconds, device, left):
     "The runs of all methods and seeds as one comparison"
     image, maps = ({m: np.stack([runs[m, s][0][i] for s in seeds]) for m in methods} for i in (0, 1))
     numbers = {k: {n: np.nan if v is None else v for n, v in run[1].items()} for k, run in runs.items()}
@@ -235,7 +239,7 @@ def _together(cfg, data, seeds, methods, runs, seconds, device):
     stages = pd.DataFrame([dict(method=m, seed=s, stage=stage, computed=new, seconds=t)
                            for (m, s), run in runs.items() for stage, (new, t) in run[3].items()])
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return Comparison(cfg, data, tuple(seeds), image, maps, rows, logs, stages, seconds, gpu)
+    return Comparison(cfg, data, tuple(seeds), image, maps, rows, logs, stages, seconds, gpu, left)
 
 def _training(values):
     "Logs of the training stages as a record keeps them"
@@ -262,7 +266,7 @@ def member(
     if change is None:
         change = dict(method=name) if name in TRAINS else SYSTEMS[name]
     if isinstance(change, System):
-        return change.settings(**shared(cfg), method=name), {}, change
+        return change.of(cfg, name), {}, change
     if isinstance(change, Shared):
         return change.replace(seed=cfg.seed), {}, None
     return cfg.replace(**{k: v for k, v in change.items() if k != "parts"}), change.get("parts", {}), None
@@ -295,16 +299,17 @@ def compare(
     start, device, seeds = time.perf_counter(), find_device(device), distinct(seeds)
     data, methods = data or load_at(*at(cfg, root)), methods or methods_for(cfg)
     data = replace(data, fingerprint=content(data)) # of what is in memory now
-    methods = methods if isinstance(methods, dict) else dict.fromkeys(methods)
+    methods, left = methods if isinstance(methods, dict) else dict.fromkeys(methods), {}
     for m, change in methods.items():
         c, parts, system = member(cfg, m, change)
+        left |= {m: departures(c)} if not isinstance(c, Config) and departures(c) else {}
         tasks(c, data, parts, device, system) # what cannot be run is refused before anything is
         check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside, (store := store or Store(Path(aside) / "store")).busy():
         for seed, m in tqdm(todo, cfg.category, disable=not progress, leave=False):
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
-    return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device)
+    return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device, left)
 
 # %% ../../nbs/run/5_compare.ipynb #64a26200
 DIFFERENCES = "image_auroc", "pixel_auroc", "aupro"
@@ -316,6 +321,8 @@ def _percent(x):
 def _method(result, m, metrics):
     "What a record says of a method"
     out = {k: dict(mean=_percent(mean), std=_percent(std)) for k, (mean, std) in metrics.items()}
+    if m in result.departures:
+        out["departures"] = result.departures[m]
     pulls = [pull(log["stage2"]) for (n, _), log in result.logs.items() if n == m and "stage1" in log]
     if pulls:
         out["pull"] = dict(mean=_percent(np.mean(pulls)))

@@ -147,3 +147,11 @@ def departures(
     "What settings of its own differ from the published ones, which stand in brackets"
     usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
     return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
+
+# %% ../../nbs/systems/2_system.ipynb #4d2a0003
+SYSTEMS["rd4ad"] = System("RD4AD", {
+    "rd4ad": Stage("systems.rd4ad.fit", (*_F, "epochs", "batch", "lr", "betas", "cosine"), work=3.3, epochs="epochs"),
+    "rd4ad_scores": Stage("systems.rd4ad.scores", (*_F, "batch"), needs=("rd4ad",), work=2.,
+                          reader="systems.rd4ad.maps_of", reads=("size", "sigma"))},
+    "systems.rd4ad.Settings", (1,), profiles=dict(laptop=dict(epochs=16), lab=dict(epochs=8, batch=8),
+                                                  smoke=dict(epochs=5, batch=8)))
