@@ -126,6 +126,13 @@ SYSTEMS["patchcore"] = System("PatchCore", {
                               reader="systems.patchcore.maps_of", reads=("size", "sigma"))},
     "systems.patchcore.Settings", (1, 2, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(dims=256)))
 
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c25
+SYSTEMS["fapm"] = System("FAPM", {
+    "fapm": Stage("systems.fapm.fit", (*_F, "cut", "coreset", "adaptive")),
+    "fapm_scores": Stage("systems.fapm.scores", (*_F, "cut", "neighbours"), needs=("fapm",),
+                         reader="systems.fapm.maps_of", reads=("size", "sigma"))},
+    "systems.fapm.Settings", (1,), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(neighbours=1)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
