@@ -231,6 +231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'tocoad.files.cache_dir': ('files.html#cache_dir', 'tocoad/files.py'),
                               'tocoad.files.folder_content': ('files.html#folder_content', 'tocoad/files.py'),
                               'tocoad.files.folder_state': ('files.html#folder_state', 'tocoad/files.py'),
+                              'tocoad.files.rehash': ('files.html#rehash', 'tocoad/files.py'),
                               'tocoad.files.source_hash': ('files.html#source_hash', 'tocoad/files.py'),
                               'tocoad.files.state_of': ('files.html#state_of', 'tocoad/files.py'),
                               'tocoad.files.whole': ('files.html#whole', 'tocoad/files.py')},

@@ -48,9 +48,10 @@ def run(
     systems: list[str] = ("frozen", "tocoad"), # which to run, the one that others are compared with first
     out: Path = Path("runs"), # folder for heat maps, curves and the record
     set_: list[str] = (), seeds: list[int] = (0,), device: str = None, store: str = None,
-    json_: bool = False, quiet: bool = False,
+    rehash: bool = False, json_: bool = False, quiet: bool = False,
 ):
     "Train and score systems on one category: ToCoAD's frozen, contrastive-only and two-stage features, or others"
+    from tocoad import files
     from tocoad.data.load import load
     from tocoad.data.sets import DATASETS
     from tocoad.run import compare
@@ -58,6 +59,8 @@ def run(
     from tocoad.run.store import Store
     with wrong_command():
         cfg, seeds = settle(root, dataset, category, profile, set_, systems), compare.distinct(seeds)
+    if rehash:
+        files.rehash()
     name = dataset if root else cfg.dataset
     data = load(root, name, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
@@ -99,14 +102,18 @@ def reproduce(
     dry_run: bool = False, # say what would be computed, how much of it is stored, and how long the rest takes
     rates: Path = None, # with --dry-run: bench.json of `tocoad bench gpu`, whose rates the hours are counted with
     set_: list[str] = (), seeds: list[int] = (0,), store: str = None, device: str = None, quiet: bool = False,
+    rehash: bool = False,
 ) -> int: # exit status
     "Regenerate the paper's tables and figures"
+    from tocoad import files
     from tocoad.paper import reproduce as room
     with wrong_command():
         names = list(dict.fromkeys(profile or ["smoke" if root is None and not folders else "laptop"]))
         every = [room.plan.options(p, root, seeds, categories, set_, store, device, folders) for p in names]
         targets = room.regenerate.expand(targets)
         extra = room.check(targets, every, budget, workers, param, dry_run, from_)
+    if rehash:
+        files.rehash()
     keep = keep or ("scores" if {"literal", "paper"} & set(names) else "all")
     return (print(room.outlook(targets, every, budget, rates, keep)) if dry_run else
             _carry_out(targets, every, out, budget, workers, keep, quiet, extra, from_))

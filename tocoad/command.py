@@ -25,6 +25,7 @@ SHARED = dict(
     set_="change settings, such as epochs2=10 lr2=1e-3 layers=2+3", seeds="one run of everything each",
     device="cpu or cuda (default: a GPU if there is one)", quiet="no progress", json_="print JSON instead of a table",
     store="folder of stored stages (default: TOCOAD_STORE, or store in the cache folder)",
+    rehash="read all files anew, even those whose size and times are as before",
     to="folder of data sets (default: TOCOAD_DATA, or data in the current folder)",
     key="the first digits of a record's key", file="results of tables, such as results.jsonl")
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput
-from ..files import folder_state
+from ..files import folder_state, state_of
 from . import plan, published
 from .plan import METRICS, TRAINING, Options, _kind, _make, datasets, find, options, places, stages_of
 from .report import Results
@@ -48,7 +48,7 @@ def sheet_path(
     at = {g: folder and folder / g[1] for g, folder in places(target, o).items()}
     here = [(*g, str(folder and folder.resolve()), folder and folder_state(folder)) for g, folder in at.items()]
     base = config(o.profile, **settings(o.settings))
-    files = [(p, Path(p).stat().st_mtime_ns) for p in (base.weights,) if Path(p).is_file()]
+    files = [(p, *state_of(Path(p))) for p in (base.weights,) if Path(p).is_file()]
     files += [folder_state(p) for p in (base.textures,) if p and Path(p).is_dir()]
     by, names = computed_by(base.precision, _kind(o.device)), [r.name for r in o.rows(target)]
     made_from = [target, o.profile, o.settings, o.seeds, o.categories, names, here, files, by, _code(target, o)]

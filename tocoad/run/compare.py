@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..data.errors import BadInput, one_of
 from ..data.images import Category, crop
 from ..data.load import load
+from ..files import state_of
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..measure.metrics import mean_std
 from ..method.contrast import CONTRASTS, PREDICTORS
@@ -145,7 +146,7 @@ def weights_id(
     if not Path(weights).is_file():
         raise BadInput(f"No weights at {weights}; give 'imagenet', 'random' or the path of a state dict for "
                        f"{backbone}.")
-    return _file_id(backbone, weights, Path(weights).stat().st_mtime_ns)
+    return _file_id(backbone, weights, state_of(Path(weights)))
 
 # %% ../../nbs/run/5_compare.ipynb #c0f77a5f
 def tasks(
