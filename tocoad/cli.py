@@ -15,7 +15,8 @@ from typing import Literal
 
 from .cli_runs import runs_check, runs_export, runs_import, runs_list, runs_prune, runs_show
 from .command import logger, parser, say, writable, wrong_command
-from .data.errors import BadInput, one_of
+from .data.errors import BadInput, one_of, printable
+from .names import tell
 
 # %% ../nbs/cli.ipynb #f0cb165c
 Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.config`, imported when needed
@@ -84,7 +85,7 @@ def _keep(result, out, as_json):
         drawing.save(report.curves(record), f"{stem}_curves.png")
     written = f"Written: {stem}.json, _maps.png" + ", _curves.png" * bool(record["training"])
     notes = [*(f"Note: {n}" for n in result.data.notes), written]
-    print(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *notes]), sep="\n")
+    tell(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *map(printable, notes)]))
 
 # %% ../nbs/cli.ipynb #ee0d50d0
 def reproduce(
@@ -115,7 +116,7 @@ def reproduce(
     if rehash:
         files.rehash()
     keep = keep or ("scores" if {"literal", "paper"} & set(names) else "all")
-    return (print(room.outlook(targets, every, budget, rates, keep)) if dry_run else
+    return (tell(room.outlook(targets, every, budget, rates, keep)) if dry_run else
             _carry_out(targets, every, out, budget, workers, keep, quiet, extra, from_))
 
 # %% ../nbs/cli.ipynb #2cb96b40
@@ -129,7 +130,8 @@ def _carry_out(targets, every, out, budget, workers, keep, quiet, extra, files):
         for why in dict.fromkeys(reasons):
             say(f"{t}: {why}")
     n = sum(map(len, failed.values()))
-    print(f"Written: {out / 'index.html'}" + f"; {n} cells or notebooks failed, start again to retry them" * (n > 0))
+    again = f"; {n} cells or notebooks failed, start again to retry them" * (n > 0)
+    tell(printable(f"Written: {out / 'index.html'}{again}"))
     return int(n > 0)
 
 # %% ../nbs/cli.ipynb #322c89b8
@@ -137,7 +139,7 @@ def data_list(*, to: Path = None, json_: bool = False): # print JSON instead of 
     "List data sets: licence, size, where they lie, what is there"
     from tocoad.data import archives
     sets = archives.list_sets(to)
-    print(json.dumps(sets.to_dict("records"), indent=1) if json_ else archives.sets_text(sets))
+    tell(json.dumps(sets.to_dict("records"), indent=1) if json_ else archives.sets_text(sets))
 
 def data_get(
     name: str, # as `tocoad data list` shows it
@@ -160,7 +162,7 @@ def data_verify(
     "Count, decode and compare every file of a folder"
     from tocoad.data.verify import verify
     report = verify(folder, dataset, manifest, not quiet)
-    print(report.text())
+    tell(report.text())
     return int(not report.ok)
 
 def data_write(
@@ -170,7 +172,7 @@ def data_write(
 ):
     "Write the embedded mini data set, laid out as another"
     from tocoad.data.trees import write_layout
-    print(f"Written: {write_layout(folder, layout, size=256, n=(32, 8, 4), traps=traps)}")
+    tell(printable(f"Written: {write_layout(folder, layout, size=256, n=(32, 8, 4), traps=traps)}"))
 
 # %% ../nbs/cli.ipynb #e1c18f5b
 def fit(
@@ -194,7 +196,7 @@ def fit(
         files.ask_for_onnx() # what is missing is said before the work
     d = room.fit(good, cfg, stages, quantile, most=most, device=device, progress=not quiet)
     written = [files.save(d, model), *(files.export_onnx(d, model.with_suffix("")) if export else ())]
-    print(d.text(), f"Written: {', '.join(map(str, written))}", sep="\n")
+    tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
 # %% ../nbs/cli.ipynb #fae1a3cb
 def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
@@ -222,7 +224,7 @@ def score(
         if maps < 0 or batch is not None and batch < 1:
             raise BadInput(f"--maps {maps}, --batch {batch}: give 0 or more maps, and at least 1 image at a time.")
     done = score.score(export.load(model, device), images, out, maps, batch, not quiet)
-    print(done.text(), f"Written: {out / 'scores.csv'}, summary.json, maps/", sep="\n")
+    tell(done.text(), printable(f"Written: {out / 'scores.csv'}, summary.json, maps/"))
     return say(done.problem) if done.problem else 0
 
 # %% ../nbs/cli.ipynb #fa6953e0
@@ -245,7 +247,7 @@ def bench(
     log, device = logger(out / "bench.log", quiet), str(find_device(device))
     words, failed = room.measure(names, out, device, root, quick, log)
     if words:
-        print(words, f"Written: {out / 'bench' / 'bench.json'}, bench.png", sep="\n")
+        tell(words, printable(f"Written: {out / 'bench' / 'bench.json'}, bench.png"))
     return max([0, *(say(f"{n}: {why}") for n, why in failed.items())])
 
 # %% ../nbs/cli.ipynb #62341e1f

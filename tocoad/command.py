@@ -19,6 +19,7 @@ from fastcore.docments import docments
 
 from . import __version__
 from .data.errors import BadInput, printable
+from .names import tell
 
 # %% ../nbs/command.ipynb #e4045015
 SHARED = dict(
@@ -92,7 +93,7 @@ def say(
     message, status: int = 1, # any; what to return
 ) -> int: # exit status
     "One line on standard error"
-    print(f"tocoad: {printable(message)}", file=sys.stderr)
+    tell(f"tocoad: {printable(message)}", to=sys.stderr)
     return status
 
 def writable(
@@ -114,5 +115,5 @@ def logger(
         "One line, with the time"
         with open(path, "a", encoding="utf-8") as f:
             for to in [f] + [sys.stderr] * (not quiet and not sys.stderr.isatty()):
-                print(time.strftime("%H:%M:%S"), line, file=to)
+                tell(f"{time.strftime('%H:%M:%S')} {line}", to=to)
     return log

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .errors import BadInput, one_of, printable
 from .sets import DATASETS, title
 from ..files import whole
+from ..names import tell
 
 # %% ../../nbs/data/4_archives.ipynb #1c2ef7d3
 class Known(NamedTuple):
@@ -225,7 +226,7 @@ def get(
 ) -> Path: # the data set's folder, to/name
     "A data set from an archive that is here or on the web: checked, unpacked, and whole or not there at all"
     k, to = KNOWN[one_of(name, KNOWN, "the data set")], Path(to or data_dir()).expanduser()
-    say = print if progress else lambda text: None
+    say = tell if progress else lambda text: None
     if _standing(name, to):
         say(f"{to / name} is there already; nothing is done. To check it: tocoad data verify {to / name}")
         return to / name

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput, one_of
+from ..data.errors import BadInput, one_of, printable
 from ..data.images import Category, crop
 from ..data.load import load
 from ..files import state_of
@@ -303,7 +303,7 @@ def compare(
         check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside, (store := store or Store(Path(aside) / "store")).busy():
-        for seed, m in tqdm(todo, cfg.category, disable=not progress, leave=False):
+        for seed, m in tqdm(todo, printable(cfg.category), disable=not progress, leave=False):
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device)
 
