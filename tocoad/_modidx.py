@@ -1061,6 +1061,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'tocoad.systems.check.check_numbers': ('systems/check.html#check_numbers', 'tocoad/systems/check.py'),
                                       'tocoad.systems.check.check_part': ('systems/check.html#check_part', 'tocoad/systems/check.py'),
                                       'tocoad.systems.check.check_parts': ('systems/check.html#check_parts', 'tocoad/systems/check.py'),
+                                      'tocoad.systems.check.enough_memory': ('systems/check.html#enough_memory', 'tocoad/systems/check.py'),
                                       'tocoad.systems.check.find_device': ('systems/check.html#find_device', 'tocoad/systems/check.py'),
                                       'tocoad.systems.check.need': ('systems/check.html#need', 'tocoad/systems/check.py'),
                                       'tocoad.systems.check.untouched': ('systems/check.html#untouched', 'tocoad/systems/check.py')},

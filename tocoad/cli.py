@@ -53,7 +53,6 @@ def run(
 ):
     "Train and score systems on one category: ToCoAD's frozen, contrastive-only and two-stage features, or others"
     from tocoad import files
-    from tocoad.data.load import load
     from tocoad.data.sets import DATASETS
     from tocoad.run import compare
     from tocoad.run.config import settings
@@ -63,7 +62,7 @@ def run(
     if rehash:
         files.rehash()
     name = dataset if root else cfg.dataset
-    data = load(root, name, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
+    data = compare.load_at(root, name, cfg.category, cfg.resize, cfg.shorter, cfg.mask)
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
@@ -279,7 +278,10 @@ def main(
         return say(f"{e.filename or 'a file'}: {e.strerror or e}; give another place, or change its permissions")
     except KeyboardInterrupt:
         return say("stopped; the same command goes on from here", 130)
-    except RuntimeError as e: # a loss that is no number, or ~ before nobody's name
+    except (RuntimeError, MemoryError) as e: # a loss that is no number, ~ before nobody's name, too little memory
+        from tocoad.method.halving import out_of_memory
+        if out_of_memory(e):
+            return say("memory ran out; lower batch, size or coreset with --set, or take another device")
         home = next((str(v) for v in given.values() if str(v)[:1] == "~"), None)
         if type(e).__name__ != "Diverged" and not home:
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput
+from ..data.errors import BadInput, printable
 from ..files import folder_state, state_of
 from . import plan, published
 from .plan import METRICS, TRAINING, Options, _kind, _make, datasets, find, options, places, stages_of
@@ -188,7 +188,7 @@ def _teller(name, bar, log):
             return
         seen.add(t.key)
         bar.update()
-        bar.set_postfix_str(f"{t.cfg.category} {t.stage}")
+        bar.set_postfix_str(printable(f"{t.cfg.category} {t.stage}"))
         if new:
             log(f"{name}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
     return say, seen
@@ -204,10 +204,10 @@ def _spread(last, where, store, device, client, say):
     for f in as_completed([f for _, f in futures.values()]):
         t = of[f.key]
         why = f.result() if f.status == "finished" else f"{t.stage}: {f.exception()}"
-        if why:
-            failed[t.key] = why
+        if not why and (r := store.record(t)):
+            say(t, r, True)
         else:
-            say(t, store.record(t), True)
+            failed[t.key] = why or f"{t.stage}: computed, but not found in the store at {store.root}"
     return failed
 
 def _slim(got, store):

@@ -34,7 +34,7 @@ from .components import source_of
 from .keys import Task, chain, check_current, content, hardware, scored, versions
 from .source import code_hash
 from .store import Store
-from ..systems.check import check_numbers, check_parts, find_device
+from ..systems.check import check_numbers, check_parts, enough_memory, find_device
 from ..systems.settings import Shared, ask_for_textures, distinct, shared
 from ..systems.system import PARTS, SYSTEMS, TRAINS, System, find
 from ..systems.tocoad import GENERATORS
@@ -102,7 +102,8 @@ def _compute(t, data, store, parts, device, progress):
     "The record of a stage that was not there"
     check_current(t, data)
     got, start = _got(t, store), time.perf_counter()
-    values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
+    with enough_memory({k: getattr(t.cfg, k) for k in t.does.fields}):
+        values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
     check_numbers(t.stage, values, None if t.does.judges else arrays)
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     about = dict(hardware=hardware(gpu), threads=torch.get_num_threads(), images=len(data.train))
@@ -222,7 +223,8 @@ def load_at(
     root, dataset, category, resize, shorter, mask, # from `at`
 ) -> Category:
     "The images that some settings mean"
-    return load(root, dataset, category, resize, shorter=shorter, cast=mask == "cast")
+    with enough_memory(dict(resize=resize)):
+        return load(root, dataset, category, resize, shorter=shorter, cast=mask == "cast")
 
 # %% ../../nbs/run/5_compare.ipynb #8fd716d5
 _LOGGED = "stage1", "stage2", "contrastive", "curve"
