@@ -74,9 +74,7 @@ def folder_state(folder: Path | str) -> str: # 16 hexadecimal digits
     return hashlib.blake2b(repr((os.path.realpath(folder), found)).encode(errors="surrogateescape"),
                            digest_size=8).hexdigest()
 
-def folder_content(
-    folder: Path | str, # of files
-) -> str: # 16 hexadecimal digits
+def folder_content(folder: Path | str) -> str: # 16 hexadecimal digits
     "A hash of the names and contents of the files below a folder"
     kept = cache_dir() / "contents" / folder_state(folder)
     with suppress(OSError):

@@ -151,6 +151,7 @@ class _Member(tarfile.TarInfo):
     "A tar's member; BadInput if its header is larger than any name needs"
     @classmethod
     def frombuf(cls, buf, encoding, errors):
+        "A header"
         found = super().frombuf(buf, encoding, errors)
         if found.type in b"xgXLK" and found.size > HEADER: # what stands before a member: names and remarks
             raise BadInput(f"an archive with a header of {tqdm.format_sizeof(found.size, 'B')} is not unpacked")
