@@ -10,7 +10,7 @@ import json
 from contextlib import contextmanager, suppress
 
 from ..data.errors import BadInput
-from . import budget, from_files, plan, regenerate, rows
+from . import budget, from_files, hours, plan, regenerate, rows
 from ..run import exchange
 
 # %% ../../nbs/paper/reproduce.ipynb #f6de7d4e
@@ -74,7 +74,7 @@ def check(
 # %% ../../nbs/paper/reproduce.ipynb #5a92eced
 def in_words(
     targets, o, # of `rows.TARGETS`; `plan.Options`
-    rates: dict, # from `plan.rates_from`; {}: those of the store
+    rates: dict, # from `hours.rates_from`; {}: those of the store
 ) -> str: # lines
     "What would be computed, and how long it takes"
     read = regenerate.needed(targets)
@@ -102,7 +102,7 @@ def outlook(
     keep: str = "all", # tensors
 ) -> str: # lines
     "What would be computed, how long it takes, and what a budget would reach"
-    rates = plan.rates_from(rates) if rates else {}
+    rates = hours.rates_from(rates) if rates else {}
     lines = [in_words(targets, o, rates) for o in every]
     if budget_of:
         lines.append(budget.in_words(budget.outlook(targets, every, budget.seconds(budget_of), rates), keep))

@@ -13,7 +13,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput, printable
@@ -27,6 +26,7 @@ from ..run import exchange
 from ..run.components import code_of
 from ..run.config import config, settings
 from ..run.keys import STAGES, computed_by, scored
+from ..run.report import pull
 from ..run.source import fingerprint
 from ..run.store import Store, write_sealed
 from ..systems.system import SYSTEMS, departures
@@ -60,7 +60,7 @@ def _on_the_way(out, last, t, row, seed):
     found = {k: out.get(last.get((k, t, row, seed))) for k in ("stage2", "curve")}
     said = {}
     if isinstance(found["stage2"], dict):
-        said["pull"] = 100 * float(np.mean([e["share"] for e in found["stage2"]["values"]["log"]]))
+        said["pull"] = 100 * pull(found["stage2"]["values"]["log"])
     if isinstance(found["curve"], dict):
         seen = {m: [e[m] for e in found["curve"]["values"]["curve"] if e.get(m) is not None] for m in METRICS}
         said |= {f"oracle_{m}": 100 * max(v) for m, v in seen.items() if v}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONTROLS', 'DIFFERENCES', 'reason', 'shown', 'carry_out', 'describe', 'weights_id', 'tasks', 'methods_for',
-           'Comparison', 'at', 'load_at', 'pull', 'member', 'compare', 'record']
+           'Comparison', 'at', 'load_at', 'member', 'compare', 'record']
 
 # %% ../../nbs/run/5_compare.ipynb #97f3e465
 import copy
@@ -33,6 +33,7 @@ from ..method.weights import BACKBONES, file_sha256, weights_path
 from .components import source_of
 from .config import settings_of
 from .keys import Task, chain, check_current, content, hardware, scored, versions
+from .report import pull
 from .source import code_hash
 from .store import Store
 from ..systems.check import check_numbers, check_parts, enough_memory, find_device
@@ -252,12 +253,6 @@ def _training(values):
     if "stage1" in values:
         out["discriminator_auroc"] = values["stage1"]["discriminator_auroc"]
     return out
-
-def pull(
-    log: list, # of stage II
-) -> float: # in [0, 1]
-    "D's share of the pull on F: lengths of the two weighted gradients, mean over epochs"
-    return float(np.mean([e["share"] for e in log]))
 
 # %% ../../nbs/run/5_compare.ipynb #6fa190db
 def member(
