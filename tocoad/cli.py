@@ -258,6 +258,17 @@ COMMANDS = (run, reproduce, data_list, data_get, data_verify, data_write, fit, s
             runs_list, runs_show, runs_prune, runs_export, runs_import, runs_check)
 GROUPS = dict(data="list, get, verify or write data sets", runs="list, show, prune, export, import or check runs")
 
+# %% ../nbs/cli.ipynb #39f4c348
+def _stopped(e, given):
+    "Why a computation stopped, in a sentence; raises what should not have happened"
+    from tocoad.method.halving import out_of_memory
+    home = next((str(v) for v in given.values() if str(v)[:1] == "~"), None)
+    if out_of_memory(e):
+        return "memory ran out; lower batch, size or coreset with --set, or take another device"
+    if type(e).__name__ != "Diverged" and not home:
+        raise e
+    return f"{home}: there is no such user; write the folder out" if home else e
+
 # %% ../nbs/cli.ipynb #b6218561
 def main(
     words: list | None = None, # after `tocoad`; None: those of the process
@@ -283,10 +294,4 @@ def main(
     except KeyboardInterrupt:
         return say("stopped; the same command goes on from here", 130)
     except (RuntimeError, MemoryError) as e: # a loss that is no number, ~ before nobody's name, too little memory
-        from tocoad.method.halving import out_of_memory
-        if out_of_memory(e):
-            return say("memory ran out; lower batch, size or coreset with --set, or take another device")
-        home = next((str(v) for v in given.values() if str(v)[:1] == "~"), None)
-        if type(e).__name__ != "Diverged" and not home:
-            raise
-        return say(f"{home}: there is no such user; write the folder out" if home else e)
+        return say(_stopped(e, given))

@@ -150,7 +150,7 @@ HEADER = 2**20 # bytes before a member: its name and remarks
 class _Member(tarfile.TarInfo):
     "A tar's member; BadInput if its header is larger than any name needs"
     @classmethod
-    def frombuf(cls, buf, encoding, errors):
+    def frombuf(cls, buf, encoding, errors): # bytes of the header, how its texts are read
         "A header"
         found = super().frombuf(buf, encoding, errors)
         if found.type in b"xgXLK" and found.size > HEADER: # what stands before a member: names and remarks

@@ -187,6 +187,13 @@ def in_words(f: pd.DataFrame, keep: str = "scores") -> str: # f: from `outlook`;
     room = f"about {disk:.1f} GB of disk; {f.gpu.max():.1f} GB of GPU memory where there is one"
     return "\n".join([*lines, f"{(f.hours == 0).sum()} of {len(f)} runs stored; {time}; {room}"])
 
+# %% ../../nbs/paper/budget.ipynb #f716f597
+def _slim(ts, store):
+    "Keep of a run what it scored, and drop its networks and memories"
+    for t in ts.values():
+        if t.stage in PASSING or t.stage not in STAGES and t is not scored(ts):
+            store.drop(t, record=False)
+
 # %% ../../nbs/paper/budget.ipynb #ddb2032a
 def _one(targets, store, device, kind, end, workers, keep, log, turn):
     "One run: there, left or failed"
@@ -210,9 +217,8 @@ def _one(targets, store, device, kind, end, workers, keep, log, turn):
     found = cluster.carry_out_all(last, data, store, "cpu" if workers else device, failed=failed)
     bad = next((why for why in found.values() if isinstance(why, str)), None)
     log(f"{name}: {f'failed: {bad}' if bad else f'{time.perf_counter() - start:.0f} s'}")
-    passing = [t for t in ts.values() if t.stage in PASSING or t.stage not in STAGES and t is not scored(ts)]
-    for t in passing if keep == "scores" and not bad else ():
-        store.drop(t, record=False)
+    if keep == "scores" and not bad:
+        _slim(ts, store)
     return "failed" if bad else "there"
 
 # %% ../../nbs/paper/budget.ipynb #8bd09105

@@ -102,11 +102,6 @@ class Options:
         "The runs that a table needs with these settings"
         return rows(target, self.bn2, self.systems)
 
-    def runs(self, target, dataset, category): # a group of the target
-        "The rows that run on a group: at smoke other systems only on the first"
-        whole = self.profile != "smoke" or (dataset, category) == next(iter(places(target, self)), None)
-        return [r for r in self.rows(target) if whole or not r.system]
-
 # %% ../../nbs/paper/plan.ipynb #28b7e963
 @patch(as_prop=True)
 def bn2(self: Options):
@@ -182,6 +177,13 @@ def groups(
     for target, g in ((t, g) for t in targets for g in places(t, o)):
         out.setdefault(g, []).append(target)
     return out
+
+# %% ../../nbs/paper/plan.ipynb #d60dcb41
+@patch
+def runs(self: Options, target, dataset, category): # a group of the target
+    "The rows that run on a group: at smoke other systems only on the first"
+    whole = self.profile != "smoke" or (dataset, category) == next(iter(places(target, self)), None)
+    return [r for r in self.rows(target) if whole or not r.system]
 
 # %% ../../nbs/paper/plan.ipynb #efe561c4
 def _text_pairs(target, every):

@@ -43,6 +43,17 @@ def _check_files(files, targets, computes): # computes: whether something else w
                        "--dry-run out.")
     exchange.pool(from_files.files_in(files))
 
+# %% ../../nbs/paper/reproduce.ipynb #90110f28
+def _check_images(targets, o):
+    "BadInput if targets cannot have the systems, the folders or the root that are asked for"
+    if o.systems and not {*targets} <= {*rows.TABLES[:3], "panel"}:
+        raise BadInput("--systems: only table1, table2, table3 and the panel can have other systems; name these alone.")
+    if o.folders and targets != ["panel"]:
+        raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
+                       "from --root; folders of your choice are for `tocoad reproduce panel`.")
+    if o.folders and (o.root or o.categories):
+        raise BadInput("--root and --categories: the panel runs on the folders that --folders names, on nothing else.")
+
 # %% ../../nbs/paper/reproduce.ipynb #196ce951
 def check(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
@@ -55,13 +66,7 @@ def check(
     if files:
         _check_files(files, targets, o.root or o.folders or budget_of or workers or dry_run)
         return parameters(pairs, targets)
-    if o.systems and not {*targets} <= {*rows.TABLES[:3], "panel"}:
-        raise BadInput("--systems: only table1, table2, table3 and the panel can have other systems; name these alone.")
-    if o.folders and targets != ["panel"]:
-        raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
-                       "from --root; folders of your choice are for `tocoad reproduce panel`.")
-    if o.folders and (o.root or o.categories):
-        raise BadInput("--root and --categories: the panel runs on the folders that --folders names, on nothing else.")
+    _check_images(targets, o)
     if workers and workers.startswith("local:") and not workers[6:].strip("0").isdigit():
         raise BadInput(f"--workers {workers}: write local:2 for two processes.")
     if budget_of:

@@ -94,12 +94,13 @@ def _percent(x):
     "A share in per cent"
     return None if x is None else 100 * x
 
-# %% ../../nbs/paper/sheets.ipynb #66065b1f
+# %% ../../nbs/paper/sheets.ipynb #3bcdd055
 def _departures(target, o):
     "What the other systems of a table leave of their published settings"
     every = {r.name: departures(o.config("mvtec_ad", "bottle", 0, r)) for r in o.rows(target) if r.system}
     return {name: left for name, left in every.items() if left}
 
+# %% ../../nbs/paper/sheets.ipynb #66065b1f
 def sheet(
     target: str, # of `TARGETS`
     o: Options,
@@ -108,11 +109,10 @@ def sheet(
     "What came of a target"
     got = dict(sets=[], runs=[], differences=[], failed=[], arrays=[])
     keys, machines = set(), {}
-    for (dataset, category), what in found.items():
-        at = dict(dataset=dataset, category=category)
+    for g, what in found.items():
+        at = dict(zip(("dataset", "category"), g, strict=True))
         if isinstance(what, str):
-            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.runs(target, dataset, category)
-                              for s in o.seeds]
+            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.runs(target, *g) for s in o.seeds]
             continue
         got["sets"].append(at | what[2])
         ends = {names: end for names, end in what[0].items() if names[1] == target}
@@ -124,8 +124,8 @@ def sheet(
     due = 0 if target.startswith("figure") else len(o.seeds) * sum(len(o.runs(target, *g)) for g in found)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
                 mini=o.root is None and target != "panel", departures=_departures(target, o), systems=o.systems, **got,
-                versions=list(machines.values()), keys=sorted(keys),
-                hardware=[json.loads(m) for m in machines], left=due and due - len(got["runs"]) - len(got["failed"]),
+                versions=[*machines.values()], keys=sorted(keys), hardware=[*map(json.loads, machines)],
+                left=due and due - len(got["runs"]) - len(got["failed"]),
                 missing={d: find(o.place, d, o.categories)[2] for d in datasets(target)})
 
 # %% ../../nbs/paper/sheets.ipynb #7d120f38

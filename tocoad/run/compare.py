@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput, one_of, printable
@@ -179,12 +180,6 @@ def methods_for(
     names = [m for s in systems for m in (ways if s == "tocoad" else (s,))]
     return {m: None if m in TRAINS else settings_of(m, cfg, pairs) for m in names}
 
-# %% ../../nbs/run/5_compare.ipynb #db799d99
-def _reused(stages):
-    "A column of each stage: computed in how many seconds, or reused"
-    how = np.where(stages.computed, stages.seconds.map("computed, {:.1f} s".format), "reused")
-    return stages.assign(how=how).pivot_table("how", ["method", "seed"], "stage", "first", sort=False).fillna("")
-
 # %% ../../nbs/run/5_compare.ipynb #9e56103d
 @dataclass
 class Comparison:
@@ -212,9 +207,13 @@ class Comparison:
         masks = crop(self.data.test.masks, self.cfg.size).numpy()
         return paired_bootstrap_pixels(masks, self.maps[base], self.maps[method], metric, n=n)
 
-    def reused(self): # stages by method: "computed 1.2 s" or "reused"
-        "What was computed and what came from the store"
-        return _reused(self.stages)
+# %% ../../nbs/run/5_compare.ipynb #db799d99
+@patch
+def reused(self: Comparison): # stages by method and seed: "computed, 1.2 s" or "reused"
+    "What was computed and what came from the store"
+    stages = self.stages
+    how = np.where(stages.computed, stages.seconds.map("computed, {:.1f} s".format), "reused")
+    return stages.assign(how=how).pivot_table("how", ["method", "seed"], "stage", "first", sort=False).fillna("")
 
 # %% ../../nbs/run/5_compare.ipynb #09873f67
 def at(

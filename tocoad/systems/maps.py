@@ -40,6 +40,7 @@ def layer_maps(
     "Feature maps of the centre crops of images"
     device, shapes = next(F.parameters()).device, {}
     def some(x):
+        "All layers of a batch, one row an image"
         with arithmetic(c.precision, device):
             maps = F(to_float(crop(x.to(device), c.size)))
         shapes.update({k: maps[k - 1].shape[1:] for k in layers})
