@@ -143,6 +143,7 @@ o = plan.options("smoke", categories=["washer"], settings=tiny)
 facts["forecast"] = [int(regenerate.forecast(["table7"], o).runs.sum())]
 sheet = report.Results(sheets.compute(["table7"], o)["table7"], None, o.rows("table7"))
 facts |= dict(table=report.ablation(sheet).to_csv(), left=int(regenerate.forecast(["table7"], o)["compute"].sum()))
+o = plan.options("smoke", categories=["washer"], settings=tiny, systems=["tocoad", "pixels"])
 sheet = report.Results(sheets.compute(["table1"], o)["table1"], None, o.rows("table1"))
 facts |= dict(column=report.comparison(sheet).to_csv(), gains=report.gains(sheet).to_csv())
 facts["systems"] = said("run", "--systems", "none")

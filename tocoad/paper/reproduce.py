@@ -55,8 +55,8 @@ def check(
     if files:
         _check_files(files, targets, o.root or o.folders or budget_of or workers or dry_run)
         return parameters(pairs, targets)
-    if o.systems and not {*targets} <= {*rows.TABLES[:3]}:
-        raise BadInput("--systems: only table1, table2 and table3 have columns of other systems; name these alone.")
+    if o.systems and not {*targets} <= {*rows.TABLES[:3], "panel"}:
+        raise BadInput("--systems: only table1, table2, table3 and the panel can have other systems; name these alone.")
     if o.folders and targets != ["panel"]:
         raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
                        "from --root; folders of your choice are for `tocoad reproduce panel`.")

@@ -123,7 +123,7 @@ def sheet(
         machines |= {json.dumps(r["hardware"]): r["versions"] for r in done}
     due = 0 if target.startswith("figure") else len(o.seeds) * sum(len(o.runs(target, *g)) for g in found)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
-                mini=o.root is None and target != "panel", departures=_departures(target, o), **got,
+                mini=o.root is None and target != "panel", departures=_departures(target, o), systems=o.systems, **got,
                 versions=list(machines.values()), keys=sorted(keys),
                 hardware=[json.loads(m) for m in machines], left=due and due - len(got["runs"]) - len(got["failed"]),
                 missing={d: find(o.place, d, o.categories)[2] for d in datasets(target)})
