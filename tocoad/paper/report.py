@@ -10,7 +10,7 @@ __all__ = ['AVERAGES', 'ONE_SEED', 'COLUMNS', 'Results', 'groups_of', 'coverage'
 # %% ../../nbs/paper/report.ipynb #acb7013e
 import re
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import reduce, wraps
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..data.errors import BadInput
 from ..files import whole
 from ..measure.intervals import Interval, mean_interval
 from ..measure.metrics import mean_std
+from ..names import cells, listed, markup, page
 from . import published
 from .published import label
 from .training import summary
@@ -340,10 +341,8 @@ def flat(frame: pd.DataFrame, by: str = " ") -> pd.DataFrame: # by: between the 
 def _typeset(frames, name, title, notes):
     "Tables for HTML and LaTeX, the notes beneath the last"
     table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
-    out = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
-    for n in notes:
-        out[-1] = out[-1].tab_source_note(n)
-    return out
+    *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
+    return [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
 
 # %% ../../nbs/paper/report.ipynb #c3133dcf
 _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "✓": r"\checkmark{}", "Δ": r"$\Delta$"})
@@ -351,9 +350,9 @@ _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "�
 def write_table(frames: dict, name: str, title: str, notes, out, numbers=None) -> list: # heading -> frame; paths
     "Write tables into `out`/tables as CSV (`numbers`, if there are any), Markdown, HTML and LaTeX"
     folder, typeset, first = Path(out) / "tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
-    md = [f"{h}\n\n{flat(f).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
-    texts = dict(csv=(first if numbers is None else numbers).to_csv(index=numbers is None),
-                 md="\n\n".join([f"# {title}", *md, "\n".join(f"- {n}" for n in notes)]) + "\n",
+    md = [f"{h}\n\n{page(flat(f)).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
+    texts = dict(csv=cells(first if numbers is None else numbers).to_csv(index=numbers is None),
+                 md="\n\n".join([f"# {markup(title)}", *md, listed(notes)]) + "\n",
                  html="\n".join(t.as_raw_html() for t in typeset),
                  tex="\n".join(t.as_latex() for t in typeset).translate(_TEX))
     try:

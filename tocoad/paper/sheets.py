@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput
-from ..files import folder_state
+from ..data.errors import BadInput, printable
+from ..files import folder_state, state_of
 from . import plan, published
 from .plan import METRICS, TRAINING, Options, _kind, _make, datasets, find, options, places, stages_of
 from .report import Results
@@ -48,7 +48,7 @@ def sheet_path(
     at = {g: folder and folder / g[1] for g, folder in places(target, o).items()}
     here = [(*g, str(folder and folder.resolve()), folder and folder_state(folder)) for g, folder in at.items()]
     base = config(o.profile, **settings(o.settings))
-    files = [(p, Path(p).stat().st_mtime_ns) for p in (base.weights,) if Path(p).is_file()]
+    files = [(p, *state_of(Path(p))) for p in (base.weights,) if Path(p).is_file()]
     files += [folder_state(p) for p in (base.textures,) if p and Path(p).is_dir()]
     by, names = computed_by(base.precision, _kind(o.device)), [r.name for r in o.rows(target)]
     made_from = [target, o.profile, o.settings, o.seeds, o.categories, names, here, files, by, _code(target, o)]
@@ -195,7 +195,7 @@ def _teller(name, bar, log):
             return
         seen.add(t.key)
         bar.update()
-        bar.set_postfix_str(f"{t.cfg.category} {t.stage}")
+        bar.set_postfix_str(printable(f"{t.cfg.category} {t.stage}"))
         if new:
             log(f"{name}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
     return say, seen
@@ -211,10 +211,10 @@ def _spread(last, where, store, device, client, say):
     for f in as_completed([f for _, f in futures.values()]):
         t = of[f.key]
         why = f.result() if f.status == "finished" else f"{t.stage}: {f.exception()}"
-        if why:
-            failed[t.key] = why
+        if not why and (r := store.record(t)):
+            say(t, r, True)
         else:
-            say(t, store.record(t), True)
+            failed[t.key] = why or f"{t.stage}: computed, but not found in the store at {store.root}"
     return failed
 
 def _slim(got, store):

@@ -20,9 +20,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput, one_of
+from ..data.errors import BadInput, one_of, printable
 from ..data.images import Category, crop
 from ..data.load import load
+from ..files import state_of
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..measure.metrics import mean_std
 from ..method.contrast import CONTRASTS, PREDICTORS
@@ -34,7 +35,7 @@ from .config import settings_of
 from .keys import Task, chain, check_current, content, hardware, scored, versions
 from .source import code_hash
 from .store import Store
-from ..systems.check import check_numbers, check_parts, find_device
+from ..systems.check import check_numbers, check_parts, enough_memory, find_device
 from ..systems.settings import Config, Shared, ask_for_textures, distinct
 from ..systems.system import PARTS, SYSTEMS, TRAINS, System, departures, find
 from ..systems.tocoad import GENERATORS
@@ -102,7 +103,8 @@ def _compute(t, data, store, parts, device, progress):
     "The record of a stage that was not there"
     check_current(t, data)
     got, start = _got(t, store), time.perf_counter()
-    values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
+    with enough_memory({k: getattr(t.cfg, k) for k in t.does.fields}):
+        values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
     check_numbers(t.stage, values, None if t.does.judges else arrays)
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     about = dict(hardware=hardware(gpu), threads=torch.get_num_threads(), images=len(data.train))
@@ -146,7 +148,7 @@ def weights_id(
     if not Path(weights).is_file():
         raise BadInput(f"No weights at {weights}; give 'imagenet', 'random' or the path of a state dict for "
                        f"{backbone}.")
-    return _file_id(backbone, weights, Path(weights).stat().st_mtime_ns)
+    return _file_id(backbone, weights, state_of(Path(weights)))
 
 # %% ../../nbs/run/5_compare.ipynb #c0f77a5f
 def tasks(
@@ -225,7 +227,8 @@ def load_at(
     root, dataset, category, resize, shorter, mask, # from `at`
 ) -> Category:
     "The images that some settings mean"
-    return load(root, dataset, category, resize, shorter=shorter, cast=mask == "cast")
+    with enough_memory(dict(resize=resize)):
+        return load(root, dataset, category, resize, shorter=shorter, cast=mask == "cast")
 
 # %% ../../nbs/run/5_compare.ipynb #8fd716d5
 _LOGGED = "stage1", "stage2", "contrastive", "curve"
@@ -307,7 +310,7 @@ def compare(
         check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside, (store := store or Store(Path(aside) / "store")).busy():
-        for seed, m in tqdm(todo, cfg.category, disable=not progress, leave=False):
+        for seed, m in tqdm(todo, printable(cfg.category), disable=not progress, leave=False):
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device, left)
 

@@ -12,6 +12,8 @@ from itertools import groupby
 
 import pandas as pd
 
+from ..data.errors import printable
+from ..names import markup
 from .config import PROFILES
 from ..systems.system import SYSTEMS
 
@@ -60,7 +62,7 @@ def title(
     changed = _changed(record)
     also = f", with {' '.join(changed[:4])}{' ...' if changed[4:] else ''}" if changed else ""
     profile = f"profile {record['profile']}{mark(record['profile'])}{also}"
-    place = f"{record['dataset']} / {record['category']}"
+    place = printable(f"{record['dataset']} / {record['category']}")
     left = "".join(f"; {name_of(m)} with {v['departures']}" for m, v in record["methods"].items() if "departures" in v)
     return f"{place}, {profile}{left}, {named_seeds(record['seeds'])}, {machine(record['hardware'])}"
 
@@ -94,11 +96,12 @@ def text(
 ) -> str:
     "Title, table, and what the columns mean"
     t = table(record)
-    body = t.rename_axis("method").to_markdown(disable_numparse=True) if markdown else t.to_string()
+    named = t.rename(index=markup).rename_axis("method")
+    body = named.to_markdown(disable_numparse=True) if markdown else t.to_string()
     means = "Per cent; ± deviation over seeds; Δ paired difference to frozen with 95 % bootstrap interval."
     if "D's pull" in t:
         means += " D's pull: the length of D's gradient on F as a share of C's and D's, mean over epochs."
-    return f"{title(record)}\n\n{body}\n\n{means}\n"
+    return f"{markup(title(record)) if markdown else title(record)}\n\n{body}\n\n{means}\n"
 
 # %% ../../nbs/run/7_report.ipynb #1c389966
 PANELS = dict(L_dis="stage I: $L_{dis}$", L_sym="stage II: $L_{sym}$", L_neg="stage II: $L_{neg}$",
