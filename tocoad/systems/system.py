@@ -155,3 +155,13 @@ SYSTEMS["rd4ad"] = System("RD4AD", {
                           reader="systems.rd4ad.maps_of", reads=("size", "sigma"))},
     "systems.rd4ad.Settings", (1,), profiles=dict(laptop=dict(epochs=16), lab=dict(epochs=8, batch=8),
                                                   smoke=dict(epochs=5, batch=8)))
+
+# %% ../../nbs/systems/2_system.ipynb #4d2a0007
+_DRAEM = "precision", "compile", "size", "seed", "width", "batch"
+_SMALL = dict(width=1 / 16, lr=1e-3, textures="embedded")
+SYSTEMS["draem"] = System("DRAEM", {
+    "draem": Stage("systems.draem.fit", (*_DRAEM, "epochs", "lr", "gamma", "textures", "scales", "threshold", "beta",
+                                         "clean", "turns", "angle"), work=40., epochs="epochs"),
+    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), work=13.)},
+    "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
+                                                  smoke=_SMALL | dict(epochs=3)))
