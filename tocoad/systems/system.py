@@ -133,21 +133,6 @@ SYSTEMS["fapm"] = System("FAPM", {
                          reader="systems.fapm.maps_of", reads=("size", "sigma"))},
     "systems.fapm.Settings", (1,), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(neighbours=1)))
 
-# %% ../../nbs/systems/2_system.ipynb #2aef3c66
-def system_of(
-    c: Shared, # settings
-) -> System:
-    "The system that settings belong to"
-    return SYSTEMS["tocoad" if c.method in TRAINS and c.method != "frozen" else one_of(c.method, SYSTEMS, "a system")]
-
-# %% ../../nbs/systems/2_system.ipynb #2e57e785
-def departures(
-    c: Shared, # settings of a system
-) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
-    "What settings of its own differ from the published ones, which stand in brackets"
-    usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
-    return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
-
 # %% ../../nbs/systems/2_system.ipynb #4d2a0003
 SYSTEMS["rd4ad"] = System("RD4AD", {
     "rd4ad": Stage("systems.rd4ad.fit", (*_F, "epochs", "batch", "lr", "betas", "cosine"), work=3.3, epochs="epochs"),
@@ -165,3 +150,18 @@ SYSTEMS["draem"] = System("DRAEM", {
     "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), work=13.)},
     "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
                                                   smoke=_SMALL | dict(epochs=3)))
+
+# %% ../../nbs/systems/2_system.ipynb #2aef3c66
+def system_of(
+    c: Shared, # settings
+) -> System:
+    "The system that settings belong to"
+    return SYSTEMS["tocoad" if c.method in TRAINS and c.method != "frozen" else one_of(c.method, SYSTEMS, "a system")]
+
+# %% ../../nbs/systems/2_system.ipynb #2e57e785
+def departures(
+    c: Shared, # settings of a system
+) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
+    "What settings of its own differ from the published ones, which stand in brackets"
+    usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
+    return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
