@@ -10,7 +10,6 @@ __all__ = ['Settings', 'generator', 'turned', 'brick', 'double', 'Down', 'Repair
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
 import torch
 from kornia.losses import ssim_loss
@@ -25,7 +24,7 @@ from ..method.discriminator import focal_loss
 from ..method.guard import Guard
 from ..method.perlin import Perlin, integers, turn, uniform
 from ..method.pretrain import decay, seeded, stream
-from .settings import Real, Shared, Whole, ask_for_textures
+from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/draem.ipynb #4d1a0008
 @dataclass(frozen=True)
@@ -61,7 +60,9 @@ def generator(
     device="cpu", # where the textures lie
 ) -> Perlin: # images, generator -> images with anomalies, masks
     "What draws DRAEM's anomalies"
-    ask_for_textures(SimpleNamespace(generator="perlin", textures=c.textures))
+    if c.textures is None:
+        raise BadInput("DRAEM lays textures over the images, DTD's in its paper: name the folder as "
+                       "draem.textures=FOLDER (`tocoad data get dtd` fetches it), or say draem.textures=embedded.")
     low, high = c.scales
     return Perlin(textures=textures(c.textures).to(device), rotate="none", label="full", clean=c.clean,
                   beta=(0, c.beta), threshold=c.threshold, scales=(low, high + 1))
