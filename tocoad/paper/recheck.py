@@ -26,7 +26,7 @@ def config_of(
 ):
     "The settings of a run in a file"
     m = run["metrics"]
-    kind = SYSTEMS[m["method"]].settings if m["method"] in SYSTEMS else Config
+    kind = SYSTEMS[m["method"]].kind if m["method"] in SYSTEMS else Config
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in m["config"].items()}
     return kind(**{k: v for k, v in plain.items() if k in kind.__dataclass_fields__} | places)
 

@@ -148,3 +148,12 @@ SYSTEMS["rd4ad"] = System("RD4AD", {
                           reader="systems.rd4ad.maps_of", reads=("size", "sigma"))},
     "systems.rd4ad.Settings", (1,), profiles=dict(laptop=dict(epochs=16), lab=dict(epochs=8, batch=8),
                                                   smoke=dict(epochs=5, batch=8)))
+
+# %% ../../nbs/systems/2_system.ipynb #6f10a003
+SYSTEMS["fastflow"] = System("FastFlow", {
+    "fastflow": Stage("systems.fastflow.fit", (*_F, "blocks", "kernels", "hidden", "clamp", "epochs", "batch", "lr",
+                                               "decay"), work=4., epochs="epochs"),
+    "fastflow_scores": Stage("systems.fastflow.scores", (*_F, "blocks", "kernels", "hidden", "clamp", "batch"),
+                             needs=("fastflow",), work=2., reader="systems.fastflow.maps_of", reads=("size",))},
+    "systems.fastflow.Settings", (2,), profiles=dict(laptop=dict(epochs=20, batch=8), lab=dict(epochs=10, batch=8),
+                                                     smoke=dict(epochs=5, batch=8)))
