@@ -165,3 +165,12 @@ def departures(
     "What settings of its own differ from the published ones, which stand in brackets"
     usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
     return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
+
+# %% ../../nbs/systems/2_system.ipynb #6f10a003
+SYSTEMS["fastflow"] = System("FastFlow", {
+    "fastflow": Stage("systems.fastflow.fit", (*_F, "blocks", "kernels", "hidden", "clamp", "epochs", "batch", "lr",
+                                               "decay"), work=4., epochs="epochs"),
+    "fastflow_scores": Stage("systems.fastflow.scores", (*_F, "blocks", "kernels", "hidden", "clamp", "batch"),
+                             needs=("fastflow",), work=2., reader="systems.fastflow.maps_of", reads=("size",))},
+    "systems.fastflow.Settings", (2,), profiles=dict(laptop=dict(epochs=20, batch=8), lab=dict(epochs=10, batch=8),
+                                                     smoke=dict(epochs=5, batch=8)))
