@@ -164,6 +164,8 @@ def departures(
 ) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
     "What settings of its own differ from the published ones, which stand in brackets"
     usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
+    if getattr(c, "textures", None) != "embedded": # where a folder lies is no departure
+        usual.pop("textures", None)
     return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
 
 # %% ../../nbs/systems/2_system.ipynb #6f10a003
