@@ -91,7 +91,7 @@ def in_words(
     missing = {d: cs for t in read for d in plan.datasets(t) if (cs := plan.find(o.place, d, None)[2])}
     theirs = f", {span(f.others.sum())} of it for other systems" if f.others.sum() else ""
     lines = [f"{len(targets)} tables and figures, profile {o.profile}, seeds {' '.join(map(str, o.seeds))}: "
-             f"{len(rows.distinct(read, o.bn2))} configurations on {len(f)} categories",
+             f"{len(rows.distinct(read, o.bn2, o.systems))} configurations on {len(f)} categories",
              f"{f.runs.sum()} runs in {f.stages.sum()} stages after sharing; {f.stored.sum()} stages stored or "
              f"not needed, {f['compute'].sum()} to compute", f"{span(f.hours.sum())}{theirs} ({how})"]
     lines += [f"not there: {d}: {', '.join(cs)}" for d, cs in missing.items()]

@@ -131,7 +131,7 @@ def _computed(r):
 
 def distinct(
     targets, # of `TARGETS`
-    bn2: str = "eval", # as for `rows`
+    *options, # bn2, systems: as for `rows`
 ) -> set: # of texts, one for each configuration
     "The different configurations behind some tables and figures"
-    return {_computed(r) for t in targets for r in rows(t, bn2)}
+    return {_computed(r) for t in targets for r in rows(t, *options)}

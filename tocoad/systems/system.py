@@ -131,7 +131,7 @@ SYSTEMS["fapm"] = System("FAPM", {
     "fapm": Stage("systems.fapm.fit", (*_F, "cut", "coreset", "adaptive")),
     "fapm_scores": Stage("systems.fapm.scores", (*_F, "cut", "neighbours"), needs=("fapm",),
                          reader="systems.fapm.maps_of", reads=("size", "sigma"))},
-    "systems.fapm.Settings", (1,), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(neighbours=1)))
+    "systems.fapm.Settings", (1,))
 
 # %% ../../nbs/systems/2_system.ipynb #4d2a0003
 SYSTEMS["rd4ad"] = System("RD4AD", {
