@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from tocoad.paper.report import Results
 from tocoad.run import compare, config, keys
 from tocoad.run.store import Store
 from tocoad.systems import tocoad as tocoad_room
+from tocoad.systems.system import SYSTEMS
 
 ROOT = Path(__file__).parents[1]
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=1", "width=32", "batch=8"]
@@ -40,7 +42,8 @@ def grid(store, target="table5", seeds=(0,)):
 
 def options(store, seeds=(0,), **kw):
     return plan.options(
-        **dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds) | kw
+        **dict(profile="smoke", categories=["washer"], settings=TINY, store=str(store), seeds=seeds,
+               systems=["tocoad"]) | kw
     )
 
 
@@ -318,7 +321,10 @@ def test_reproduce_writes_tables_and_reads_them_back(say, tmp_path, partly, monk
         "profile smoke (smoke: shows that it runs, is no result)" in text
         and "not there" in text
         and "(1 of 15)" in text
+        and "RD4AD with epochs 5 (200)" in text
     )
+    ours = pd.read_csv(tmp_path / "out" / "tables" / "table1.csv").query("metric == 'pixel_auroc'")
+    assert {s.name for s in SYSTEMS.values() if 1 in s.tables} - {"ToCoAD"} <= set(ours.row)
     before = journal(tmp_path / "store")
     assert say(*words)[0] == 0 and journal(tmp_path / "store") == before, (
         "the second time everything comes from the store"
@@ -414,9 +420,11 @@ def test_failures_end_with_status_1(say, tmp_path):
 
 def test_dry_run_counts_what_is_shared(say, tmp_path):
     status, out, err = say("reproduce", "all", "--dry-run", "--store", tmp_path / "none")
+    others = {r.system for t in ("table1", "table2", "table3") for r in rows.rows(t) if r.system}
     assert (
         status == 0
-        and f"{len(published.configurations()) + 2} configurations on 5 categories" in out
+        and f"{len(published.configurations()) + 2 + len(others)} configurations on 5 categories" in out
+        and "of it for other systems" in out
         and "0 stages stored" in out
     )
     assert not (tmp_path / "none").exists()
@@ -617,7 +625,9 @@ def test_every_target_has_its_notebook_with_the_same_parameters():
 
     for t in rows.TARGETS:
         drawn = t == "audit" or t.startswith("figure")
-        taken = [p for p in regenerate.PARAMETERS if (p != "folders" or t == "panel") and not (p == "files" and drawn)]
+        less = ({"files"} if drawn else set()) | (set() if t == "panel" else {"folders"})
+        less |= set() if t in ("panel", "table1", "table2", "table3") else {"systems"}
+        taken = [p for p in regenerate.PARAMETERS if p not in less]
         assert sorted(papermill.inspect_notebook(str(regenerate.notebook_of(t)))) == sorted(taken), t
         assert (
             5

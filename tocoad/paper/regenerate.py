@@ -131,7 +131,8 @@ def forecast(
     return pd.DataFrame(out, columns=columns)
 
 # %% ../../nbs/paper/regenerate.ipynb #6a46e09a
-PARAMETERS = "profile", "root", "store", "out", "seeds", "categories", "device", "settings", "folders", "files"
+PARAMETERS = ("profile", "root", "store", "out", "seeds", "categories", "device", "settings", "systems", "folders",
+              "files")
 
 def notebook_of(
     target: str, # of `TARGETS`
