@@ -19,7 +19,7 @@ from ..files import whole
 from ..names import drawn
 from .published import label
 from .report import Results, gain, groups_of, lines, printed_metrics, shown
-from ..run.report import METHOD_NAMES
+from ..run.report import name_of
 
 # %% ../../nbs/paper/drawing.ipynb #e30d17fd
 def _intervals(ax, series, labels):
@@ -85,7 +85,7 @@ def heat_maps(
 ): # matplotlib figure
     "Input, mask and one column per method for each image"
     from matplotlib.figure import Figure
-    names = ["input", "mask", *(METHOD_NAMES.get(m, m) for m in maps)]
+    names = ["input", "mask", *map(name_of, maps)]
     fig = Figure(figsize=(1.5 * len(names) + .8, 1.5 * len(images) + .6), layout="constrained", dpi=90)
     axes = fig.subplots(len(images), len(names), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     for i, row in enumerate(axes):
@@ -107,12 +107,13 @@ def comparison_maps(
     title: str,
     n: int = 8, # images at most
 ): # matplotlib figure
-    "Heat maps of the first method and of the tuned one, or of the last"
+    "Heat maps of the first method and of the others, of ToCoAD's ways only the one with both stages"
     from tocoad.data.images import crop
     from tocoad.run.stages import pick, unit
+    from tocoad.systems.system import TRAINS
     test, labels = result.data.test, result.data.test.labels.numpy()
     first, *others = result.maps
-    shown = [first, *(["two_stage"] if "two_stage" in others else others[-1:])]
+    shown = [first, *([m for m in others if m == "two_stage" or m not in TRAINS] or others[-1:])]
     chosen = pick(labels, test.defects, result.image[first][0], n)
     maps = {m: unit(result.maps[m][0], labels)[chosen] for m in shown}
     images, masks = (None if x is None else crop(x, result.cfg.size)[chosen].numpy() for x in (test.images, test.masks))
