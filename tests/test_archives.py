@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -372,3 +373,67 @@ from tocoad.data.archives import list_sets, sets_text
 sets_text(list_sets())
 assert 'torch' not in sys.modules"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Archives and folders that would keep a reader busy
+
+
+def nested(folder, suffix, depth=1500):
+    "An archive of one file below so many folders, and a sound one beside it"
+    name = "a/" * depth + "x.png"
+    if suffix == ".zip":
+        with zipfile.ZipFile(folder / "n.zip", "w") as z:
+            z.writestr("washer/x.png", b"x")
+            z.writestr(name, b"x")
+    else:
+        with tarfile.open(folder / f"n{suffix}", "w:" + suffix[5:]) as t:
+            for n in ("washer/x.png", name):
+                t.addfile(tarfile.TarInfo(n))
+    return folder / f"n{suffix}"
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+def test_folders_a_thousand_deep_are_not_unpacked(suffix, tmp_path):
+    a = nested(tmp_path, suffix)
+    refused(lambda: unpack(a, tmp_path / "out", WANT), "more than 50 folders below each other", "a/a/a/")
+    assert set(tree(tmp_path)) == {a.name}
+    (tmp_path / "few").mkdir()
+    assert (unpack(nested(tmp_path / "few", suffix, 49), tmp_path / "out", WANT) / ("a/" * 49) / "x.png").exists()
+
+
+HEADERS = dict(pax=tarfile.XHDTYPE, all=tarfile.XGLTYPE, name=tarfile.GNUTYPE_LONGNAME, link=tarfile.GNUTYPE_LONGLINK,
+               solaris=tarfile.SOLARIS_XHDTYPE)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_claims_300_mb_is_not_read(kind, tmp_path):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = HEADERS[kind], 300_000_000
+    first = tarfile.TarInfo("washer/x.png")
+    (tmp_path / "h.tar").write_bytes(first.tobuf() + header.tobuf() + b"\0" * 1024)
+    refused(lambda: unpack(tmp_path / "h.tar", tmp_path / "out", WANT), "a header of 300MB is not unpacked")
+    assert set(tree(tmp_path)) == {"h.tar"}
+
+
+def test_a_header_within_the_limit_is_read(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "h.tar", "w", format=tarfile.PAX_FORMAT) as t:
+        one = tarfile.TarInfo("washer/" + "x" * 200)
+        one.pax_headers = {"comment": "y" * 5000}
+        t.addfile(one)
+    unpack(tmp_path / "h.tar", tmp_path / "out", WANT)
+    monkeypatch.setattr(archives, "HEADER", 4000)
+    refused(lambda: unpack(tmp_path / "h.tar", tmp_path / "none", WANT), "is not unpacked")
+
+
+def test_a_folder_a_thousand_deep_is_told_and_not_entered(mini, tmp_path, monkeypatch):
+    shutil.copytree(mini / "washer", tmp_path / "set" / "washer")
+    monkeypatch.chdir(tmp_path / "set" / "washer")
+    for _ in range(1500):
+        os.mkdir("a")
+        os.chdir("a")
+    monkeypatch.undo()
+    try:
+        r = verify(tmp_path / "set")
+        assert not r.ok and "too many folders lie below each other" in r.problems[0]
+    finally: # what clears temporary folders is no deeper than Python's calls
+        subprocess.run(["rm", "-rf", tmp_path / "set" / "washer" / "a"], check=True)

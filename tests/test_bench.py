@@ -222,7 +222,7 @@ def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
 def test_rates_are_those_of_the_arithmetic_that_computes():
     "tf32 is float32 on a CPU; the notebook of the GPU measures all three, that of precision compares them"
     from tocoad.method.arithmetic import PRECISIONS
-    from tocoad.paper.plan import _rate_of
+    from tocoad.paper.hours import _rate_of
     c = config("paper")
     assert c.precision == "tf32" and [_rate_of("stage1", c, k)[2] for k in ("cpu", "cuda")] == ["fp32", "tf32"]
     for name in ("gpu", "precision"):

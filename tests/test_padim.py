@@ -12,6 +12,7 @@ from scipy.spatial.distance import mahalanobis as by_scipy
 from scipy.stats import multivariate_normal
 from toys import noise
 
+from tocoad.data.errors import BadInput
 from tocoad.systems.padim import Settings, drawn, embedding, fit, gaussians, mahalanobis, packed, scores, unpacked
 from tocoad.systems.system import SYSTEMS
 from tocoad.systems.tocoad import maps_of
@@ -59,6 +60,12 @@ def test_the_distance_is_scipys(n, d):
         log = multivariate_normal(mu, Sigma).logpdf(z)
         square = -2 * log - d * np.log(2 * np.pi) - np.linalg.slogdet(Sigma)[1]
         np.testing.assert_allclose(here**2, square, rtol=1e-3)
+
+
+def test_a_ridge_too_small_is_told():
+    S = gaussians([points(1, 4, 2, 2)], ridge=1e-8)[1] - 1e-8 * torch.eye(4)
+    with pytest.raises(BadInput, match="raise ridge"):
+        packed(S)
 
 
 def test_places_do_not_know_of_each_other():

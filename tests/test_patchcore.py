@@ -49,6 +49,8 @@ def test_one_neighbour_means_no_weight():
     s = score_plain(M, Q)
     assert torch.equal(image_score(M, Q, s), s.amax(1))
     weighted = image_score(M, Q, s, 5)
+    one = Memory(points(1, 3))
+    assert torch.equal(image_score(one, Q, score_plain(one, Q), 9), score_plain(one, Q).amax(1)) # nothing to weigh with
     assert (.8 * s.amax(1) - 1e-6 <= weighted).all() and (weighted < s.amax(1)).all()
 
 

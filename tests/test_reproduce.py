@@ -20,7 +20,7 @@ from tocoad.data.images import textures
 from tocoad.data.mini import write_mini
 from tocoad.data.trees import write_layout
 from tocoad.method import perlin
-from tocoad.paper import plan, published, regenerate, report, rows, sheets
+from tocoad.paper import columns, plan, published, regenerate, report, rows, sheets
 from tocoad.paper.report import Results
 from tocoad.run import compare, config, keys
 from tocoad.run.store import Store
@@ -369,7 +369,7 @@ def test_a_split_of_one_s_own_fills_no_cell_of_the_paper_s_tables(tmp_path):
     )
     assert not r.rows and len(r.failed) == 3
     assert all("train normal 6 instead of 900" in f and "tocoad reproduce panel --folders" in f for f in r.failed)
-    assert "ours" not in report.comparison(r).columns.get_level_values(1)
+    assert "ours" not in columns.comparison(r).columns.get_level_values(1)
 
 
 def test_visa_and_btad_fill_tables_2_and_3(tmp_path, monkeypatch):
@@ -382,8 +382,8 @@ def test_visa_and_btad_fill_tables_2_and_3(tmp_path, monkeypatch):
     for t, d, names in (("table2", "VisA", ["Candle", "Total avg."]), ("table3", "BTAD", ["01", "03", "Total avg."])):
         r = both[t]
         assert not r.failed and any(d in m for m in r.missing)
-        assert list(report.gains(r).index) == names
-    extra = report.gains(both["table3"], beyond="image_auroc")
+        assert list(columns.gains(r).index) == names
+    extra = columns.gains(both["table3"], beyond="image_auroc")
     assert list(extra.index) == ["01", "03", "Total avg."] and "(2 of 3" in extra.iloc[2, 0]
     assert (extra.xs("ours", axis=1, level=1) != "-").all().all()
     assert set(both["table3"].runs.dataset) == {"btad"}

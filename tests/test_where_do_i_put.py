@@ -115,7 +115,7 @@ import numpy as np
 from PIL import Image
 from tocoad.cli import main
 from tocoad.data.load import load
-from tocoad.paper import plan, regenerate, report, sheets
+from tocoad.paper import columns, plan, regenerate, report, sheets
 from tocoad.run import compare
 from tocoad.run.config import config, settings
 
@@ -145,7 +145,7 @@ sheet = report.Results(sheets.compute(["table7"], o)["table7"], None, o.rows("ta
 facts |= dict(table=report.ablation(sheet).to_csv(), left=int(regenerate.forecast(["table7"], o)["compute"].sum()))
 o = plan.options("smoke", categories=["washer"], settings=tiny, systems=["tocoad", "pixels"])
 sheet = report.Results(sheets.compute(["table1"], o)["table1"], None, o.rows("table1"))
-facts |= dict(column=report.comparison(sheet).to_csv(), gains=report.gains(sheet).to_csv())
+facts |= dict(column=columns.comparison(sheet).to_csv(), gains=columns.gains(sheet).to_csv())
 facts["systems"] = said("run", "--systems", "none")
 facts["forecast1"] = regenerate.forecast(["table1"], o)[["runs", "compute"]].values.tolist()
 panel = plan.options("quick", folders=["sets/bolt"], settings=tiny)

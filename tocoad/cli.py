@@ -15,7 +15,8 @@ from typing import Literal
 
 from .cli_runs import runs_check, runs_export, runs_import, runs_list, runs_prune, runs_show
 from .command import logger, parser, say, writable, wrong_command
-from .data.errors import BadInput, one_of
+from .data.errors import BadInput, one_of, printable
+from .names import tell
 
 # %% ../nbs/cli.ipynb #f0cb165c
 Profile = Literal["literal", "paper", "laptop", "smoke", "lab"] # those of `run.config`, imported when needed
@@ -49,18 +50,20 @@ def run(
     systems: list[str] = ("frozen", "tocoad"), # which to run, the one that others are compared with first
     out: Path = Path("runs"), # folder for heat maps, curves and the record
     set_: list[str] = (), seeds: list[int] = (0,), device: str = None, store: str = None,
-    json_: bool = False, quiet: bool = False,
+    rehash: bool = False, json_: bool = False, quiet: bool = False,
 ):
     "Train and score systems on one category: ToCoAD's frozen, contrastive-only and two-stage features, or others"
-    from tocoad.data.load import load
+    from tocoad import files
     from tocoad.data.sets import DATASETS
     from tocoad.run import compare
     from tocoad.run.config import settings
     from tocoad.run.store import Store
     with wrong_command():
         cfg, seeds = settle(root, dataset, category, profile, set_, systems), compare.distinct(seeds)
+    if rehash:
+        files.rehash()
     name = dataset if root else cfg.dataset
-    data = load(root, name, cfg.category, size=cfg.resize, shorter=cfg.shorter, cast=cfg.mask == "cast")
+    data = compare.load_at(root, name, cfg.category, cfg.resize, cfg.shorter, cfg.mask)
     whole = data.dataset in DATASETS and not DATASETS[data.dataset].crop and "size" not in settings(set_)
     cfg = cfg.replace(dataset=data.dataset, size=cfg.resize if whole else cfg.size)
     writable(out)
@@ -82,7 +85,7 @@ def _keep(result, out, as_json):
         drawing.save(report.curves(record), f"{stem}_curves.png")
     written = f"Written: {stem}.json, _maps.png" + ", _curves.png" * bool(record["training"])
     notes = [*(f"Note: {n}" for n in result.data.notes), written]
-    print(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *notes]), sep="\n")
+    tell(*([json.dumps(record, indent=1)] if as_json else [report.text(record), *map(printable, notes)]))
 
 # %% ../nbs/cli.ipynb #ee0d50d0
 def reproduce(
@@ -101,16 +104,20 @@ def reproduce(
     dry_run: bool = False, # say what would be computed, how much of it is stored, and how long the rest takes
     rates: Path = None, # with --dry-run: bench.json of `tocoad bench gpu`, whose rates the hours are counted with
     set_: list[str] = (), seeds: list[int] = (0,), store: str = None, device: str = None, quiet: bool = False,
+    rehash: bool = False,
 ) -> int: # exit status
     "Regenerate the paper's tables and figures"
+    from tocoad import files
     from tocoad.paper import reproduce as room
     with wrong_command():
         names = list(dict.fromkeys(profile or ["smoke" if root is None and not folders else "laptop"]))
         every = [room.plan.options(p, root, seeds, categories, set_, store, device, folders, systems) for p in names]
         targets = room.regenerate.expand(targets)
         extra = room.check(targets, every, budget, workers, param, dry_run, from_)
+    if rehash:
+        files.rehash()
     keep = keep or ("scores" if {"literal", "paper"} & set(names) else "all")
-    return (print(room.outlook(targets, every, budget, rates, keep)) if dry_run else
+    return (tell(room.outlook(targets, every, budget, rates, keep)) if dry_run else
             _carry_out(targets, every, out, budget, workers, keep, quiet, extra, from_))
 
 # %% ../nbs/cli.ipynb #2cb96b40
@@ -124,7 +131,8 @@ def _carry_out(targets, every, out, budget, workers, keep, quiet, extra, files):
         for why in dict.fromkeys(reasons):
             say(f"{t}: {why}")
     n = sum(map(len, failed.values()))
-    print(f"Written: {out / 'index.html'}" + f"; {n} cells or notebooks failed, start again to retry them" * (n > 0))
+    again = f"; {n} cells or notebooks failed, start again to retry them" * (n > 0)
+    tell(printable(f"Written: {out / 'index.html'}{again}"))
     return int(n > 0)
 
 # %% ../nbs/cli.ipynb #322c89b8
@@ -132,7 +140,7 @@ def data_list(*, to: Path = None, json_: bool = False): # print JSON instead of 
     "List data sets: licence, size, where they lie, what is there"
     from tocoad.data import archives
     sets = archives.list_sets(to)
-    print(json.dumps(sets.to_dict("records"), indent=1) if json_ else archives.sets_text(sets))
+    tell(json.dumps(sets.to_dict("records"), indent=1) if json_ else archives.sets_text(sets))
 
 def data_get(
     name: str, # as `tocoad data list` shows it
@@ -155,7 +163,7 @@ def data_verify(
     "Count, decode and compare every file of a folder"
     from tocoad.data.verify import verify
     report = verify(folder, dataset, manifest, not quiet)
-    print(report.text())
+    tell(report.text())
     return int(not report.ok)
 
 def data_write(
@@ -165,7 +173,7 @@ def data_write(
 ):
     "Write the embedded mini data set, laid out as another"
     from tocoad.data.trees import write_layout
-    print(f"Written: {write_layout(folder, layout, size=256, n=(32, 8, 4), traps=traps)}")
+    tell(printable(f"Written: {write_layout(folder, layout, size=256, n=(32, 8, 4), traps=traps)}"))
 
 # %% ../nbs/cli.ipynb #e1c18f5b
 def fit(
@@ -189,7 +197,7 @@ def fit(
         files.ask_for_onnx() # what is missing is said before the work
     d = room.fit(good, cfg, stages, quantile, most=most, device=device, progress=not quiet)
     written = [files.save(d, model), *(files.export_onnx(d, model.with_suffix("")) if export else ())]
-    print(d.text(), f"Written: {', '.join(map(str, written))}", sep="\n")
+    tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
 # %% ../nbs/cli.ipynb #fae1a3cb
 def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
@@ -219,7 +227,7 @@ def score(
         if maps < 0 or batch is not None and batch < 1:
             raise BadInput(f"--maps {maps}, --batch {batch}: give 0 or more maps, and at least 1 image at a time.")
     done = score.score(export.load(model, device), images, out, maps, batch, not quiet)
-    print(done.text(), f"Written: {out / 'scores.csv'}, summary.json, maps/", sep="\n")
+    tell(done.text(), printable(f"Written: {out / 'scores.csv'}, summary.json, maps/"))
     return say(done.problem) if done.problem else 0
 
 # %% ../nbs/cli.ipynb #fa6953e0
@@ -242,13 +250,24 @@ def bench(
     log, device = logger(out / "bench.log", quiet), str(find_device(device))
     words, failed = room.measure(names, out, device, root, quick, log)
     if words:
-        print(words, f"Written: {out / 'bench' / 'bench.json'}, bench.png", sep="\n")
+        tell(words, printable(f"Written: {out / 'bench' / 'bench.json'}, bench.png"))
     return max([0, *(say(f"{n}: {why}") for n, why in failed.items())])
 
 # %% ../nbs/cli.ipynb #62341e1f
 COMMANDS = (run, reproduce, data_list, data_get, data_verify, data_write, fit, score, bench,
             runs_list, runs_show, runs_prune, runs_export, runs_import, runs_check)
 GROUPS = dict(data="list, get, verify or write data sets", runs="list, show, prune, export, import or check runs")
+
+# %% ../nbs/cli.ipynb #39f4c348
+def _stopped(e, given):
+    "Why a computation stopped, in a sentence; raises what should not have happened"
+    from tocoad.method.halving import out_of_memory
+    home = next((str(v) for v in given.values() if str(v)[:1] == "~"), None)
+    if out_of_memory(e):
+        return "memory ran out; lower batch, size or coreset with --set, or take another device"
+    if type(e).__name__ != "Diverged" and not home:
+        raise e
+    return f"{home}: there is no such user; write the folder out" if home else e
 
 # %% ../nbs/cli.ipynb #b6218561
 def main(
@@ -274,8 +293,5 @@ def main(
         return say(f"{e.filename or 'a file'}: {e.strerror or e}; give another place, or change its permissions")
     except KeyboardInterrupt:
         return say("stopped; the same command goes on from here", 130)
-    except RuntimeError as e: # a loss that is no number, or ~ before nobody's name
-        home = next((str(v) for v in given.values() if str(v)[:1] == "~"), None)
-        if type(e).__name__ != "Diverged" and not home:
-            raise
-        return say(f"{home}: there is no such user; write the folder out" if home else e)
+    except (RuntimeError, MemoryError) as e: # a loss that is no number, ~ before nobody's name, too little memory
+        return say(_stopped(e, given))

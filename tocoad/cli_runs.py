@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from .command import say
-from .data.errors import BadInput
+from .data.errors import BadInput, printable
+from .names import tell
 
 # %% ../nbs/cli_runs.ipynb #cb76bbef
 def _store(root):
@@ -27,13 +28,13 @@ def runs_list(*, store: str = None):
     store = _store(store)
     records = store.records()
     for r in (r for r in records if r["stage"] == "metrics"):
-        print(_line(r))
+        tell(printable(_line(r)))
     for stage in dict.fromkeys(r["stage"] for r in records):
         mine = [r for r in records if r["stage"] == stage]
         kept = sum(r["bytes"] for r in mine if (store.root / stage / f"{r['key']}.safetensors").exists())
-        print(f"{stage}: {len(mine)} records, {kept / 1e6:.1f} MB, {sum(r['seconds'] for r in mine):.0f} s of work")
+        tell(f"{stage}: {len(mine)} records, {kept / 1e6:.1f} MB, {sum(r['seconds'] for r in mine):.0f} s of work")
     files = sorted((store.root / "imported").glob("*.jsonl"))
-    print(f"{store.root}: {len(records)} records", *(f"imported: {p.name}" for p in files), sep="\n")
+    tell(f"{store.root}: {len(records)} records", *(f"imported: {p.name}" for p in files))
 
 # %% ../nbs/cli_runs.ipynb #c70d83bb
 def _line(r):
@@ -53,7 +54,7 @@ def runs_show(key: str, *, store: str = None): # folder of stored stages
     found = [r for r in _store(store).records() if r["key"].startswith(key)]
     if len(found) != 1:
         raise BadInput(f"{len(found)} records begin with {key!r}: `tocoad runs list` shows the keys.")
-    print(json.dumps(found[0], indent=1))
+    tell(json.dumps(found[0], indent=1))
 
 def runs_prune(
     *, store: str = None, dry_run: bool = False, # only say what would go
@@ -64,7 +65,7 @@ def runs_prune(
     store = _store(store)
     files, what = exchange.outlook(store)
     ask = files and not yes and not dry_run
-    print("dropped" if exchange.drop(store, files if yes and not dry_run else ()) else "would drop", what)
+    tell(f"{'dropped' if exchange.drop(store, files if yes and not dry_run else ()) else 'would drop'} {what}")
     if ask and not (sys.stdin.isatty() and input("Drop it? [y/N] ").strip().lower() in ("y", "yes")):
         return say("nothing was dropped: say --yes to drop this without being asked")
     return exchange.drop(store, files if ask else ()) and 0
@@ -77,7 +78,7 @@ def runs_export(
     "Write the records behind tables as one file"
     from tocoad.run.exchange import export
     n = export(_store(store), file, for_)
-    print(f"Written: {file}, {n} records, {file.stat().st_size / 1e6:.1f} MB")
+    tell(printable(f"Written: {file}, {n} records, {file.stat().st_size / 1e6:.1f} MB"))
 
 def runs_import(file: Path, *, store: str = None): # folder of stored stages
     "Check such a file and keep it in the store"
@@ -87,8 +88,8 @@ def runs_import(file: Path, *, store: str = None): # folder of stored stages
     head, records = read(file)
     by, versions = [r["hardware"] for r in records], head["versions"]
     machines = dict.fromkeys(h["cpu"] if h["device"] == "cpu" else h["device"] for h in by)
-    print(f"{file}: {sum(r['stage'] == 'metrics' for r in records)} runs in {len(records)} records, tocoad "
-          f"{versions['tocoad']}, torch {versions['torch']}, {' and '.join(machines)}; {head['licence']}")
+    tell(f"{file}: {sum(r['stage'] == 'metrics' for r in records)} runs in {len(records)} records, tocoad "
+         f"{versions['tocoad']}, torch {versions['torch']}, {' and '.join(machines)}; {head['licence']}")
 
 # %% ../nbs/cli_runs.ipynb #c115000d
 def runs_check(
@@ -104,9 +105,9 @@ def runs_check(
     from tocoad.paper.recheck import choose, named, recheck, seconds
     chosen, every = choose(file, sample, choice, folders, root)
     for run, _ in chosen:
-        print(f"{named(run)}: {seconds(run):.0f} s where it was made")
+        tell(f"{named(run)}: {seconds(run):.0f} s where it was made")
     if dry_run:
         return 0
     found = recheck(chosen, every, device, **({"textures": textures} if textures else {}))
-    print(found.round(2).to_string(index=False))
+    tell(found.round(2).to_string(index=False))
     return 0 if found.agrees.all() else say(f"{(~found.agrees).sum()} of {len(found)} numbers do not agree")

@@ -19,12 +19,14 @@ from fastcore.docments import docments
 
 from . import __version__
 from .data.errors import BadInput, printable
+from .names import tell
 
 # %% ../nbs/command.ipynb #e4045015
 SHARED = dict(
     set_="change settings, such as epochs2=10 lr2=1e-3 layers=2+3", seeds="one run of everything each",
     device="cpu or cuda (default: a GPU if there is one)", quiet="no progress", json_="print JSON instead of a table",
     store="folder of stored stages (default: TOCOAD_STORE, or store in the cache folder)",
+    rehash="read all files anew, even those whose size and times are as before",
     to="folder of data sets (default: TOCOAD_DATA, or data in the current folder)",
     key="the first digits of a record's key", file="results of tables, such as results.jsonl")
 
@@ -91,7 +93,7 @@ def say(
     message, status: int = 1, # any; what to return
 ) -> int: # exit status
     "One line on standard error"
-    print(f"tocoad: {printable(message)}", file=sys.stderr)
+    tell(f"tocoad: {printable(message)}", to=sys.stderr)
     return status
 
 def writable(
@@ -113,5 +115,5 @@ def logger(
         "One line, with the time"
         with open(path, "a", encoding="utf-8") as f:
             for to in [f] + [sys.stderr] * (not quiet and not sys.stderr.isatty()):
-                print(time.strftime("%H:%M:%S"), line, file=to)
+                tell(f"{time.strftime('%H:%M:%S')} {line}", to=to)
     return log

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .images import SUFFIXES
+from ..files import DEPTH
 
 # %% ../../nbs/data/checks.ipynb #4f538b6b
 def groups(
@@ -60,8 +61,13 @@ def walk(
 ) -> Iterator[str]: # paths of files
     "The files below a folder; a linked folder is entered once, and never one that holds this one"
     seen = set(map(os.path.realpath, Path(os.path.realpath(folder)).parents))
+    deepest = len(Path(folder).parts) + DEPTH
     for at, subs, names in os.walk(folder, onerror=lambda e: shut.append(e), followlinks=True):
         if (real := os.path.realpath(at)) in seen:
+            subs.clear()
+            continue
+        if len(Path(at).parts) > deepest:
+            shut.append(OSError(0, "too many folders lie below each other", at))
             subs.clear()
             continue
         seen.add(real)

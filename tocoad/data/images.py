@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .cache import cached
 from .errors import BadInput
 from ..files import source_hash, state_of
+from ..names import drawn, markup
 
 # %% ../../nbs/data/1_images.ipynb #fc09e56e
 CLEAR = ("LA", "La", "PA", "RGBA", "RGBa") # modes with transparency
@@ -230,7 +231,7 @@ class Split:
     def show(self, n: int = 8, **kw) -> None: # n: pictures, evenly taken from all; kw: to `show`
         "A row of the images with their defects' names and contours"
         s = self[np.linspace(0, len(self) - 1, min(n, len(self))).round().astype(int)]
-        show(s.images, s.masks, **{"titles": s.defects, **kw})
+        show(s.images, s.masks, **{"titles": [*map(drawn, s.defects)], **kw})
 
 # %% ../../nbs/data/1_images.ipynb #67968f0c
 def _rows(s, head=""):
@@ -240,7 +241,7 @@ def _rows(s, head=""):
             return "" if d == "good" else "no masks"
         a = area[[x == d for x in s.defects]]
         return " to ".join(dict.fromkeys(f"{x:.2g}" for x in (a.min(), a.max()))) if a.any() else ""
-    return [f"{head}| {d} | {n} | {_span(d)} |" for d, n in s.counts().items()]
+    return [f"{head}| {markup(d)} | {n} | {_span(d)} |" for d, n in s.counts().items()]
 
 # %% ../../nbs/data/1_images.ipynb #b45af9a4
 @dataclass(frozen=True, eq=False, repr=False)
@@ -261,10 +262,11 @@ class Category:
     def _repr_markdown_(self):
         side, splits = self.train.images.shape[-1], dict(train=self.train, validation=self.validation, test=self.test)
         return "\n".join([
-            f"**{self.dataset} / {self.name}**, {side} x {side}, fingerprint `{self.fingerprint[:12]}`", "",
+            f"**{markup(self.dataset)} / {markup(self.name)}**, {side} x {side}, "
+            f"fingerprint `{self.fingerprint[:12]}`", "",
             "| split | defect | images | defect's area, % |", "|---|---|---:|---:|",
             *(row for name, s in splits.items() if s is not None for row in _rows(s, f"| {name} ")),
-            "", *(f"- {n}" for n in self.notes)])
+            "", *(f"- {markup(n)}" for n in self.notes)])
 
 # %% ../../nbs/data/1_images.ipynb #790cf009
 EMBEDDED = ("astronaut camera chelsea clock coffee coins colorwheel hubble_deep_field "

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.errors import BadInput
-from . import plan, published, sheets
+from . import hours, plan, published, sheets
 from . import rows as rows_room
 from .published import CATEGORIES
 from ..run.keys import STAGES, chain, scored
@@ -150,24 +150,24 @@ def _chain(run, targets, o, store, kind):
     folder = next(p[at] for t in targets if at in (p := plan.places(t, o)))
     note = store and sheets._note(store, folder, run.cfg)
     if not (known := note and read_sealed(note)):
-        return chain(run.cfg, "/".join(at), run.cfg.backbone, device=kind), plan.images_in(*at, folder), False
+        return chain(run.cfg, "/".join(at), run.cfg.backbone, device=kind), hours.images_in(*at, folder), False
     from tocoad.run import compare
     weights = compare.weights_id(run.cfg.backbone, run.cfg.weights)
     return chain(run.cfg, known["fingerprint"], weights, compare.describe(run.cfg), kind), known["images"], True
 
 # %% ../../nbs/paper/budget.ipynb #d9915b7d
-def outlook(targets, many, budget: float | None = None, rates=None) -> pd.DataFrame: # seconds; of `plan.rates_from`
+def outlook(targets, many, budget: float | None = None, rates=None) -> pd.DataFrame: # seconds; of `hours.rates_from`
     "What each run in its turn would take, hours and GB; stored runs take nothing"
     turns, seen, out = in_turn(targets, many), set(), []
     o = turns[0][1]
     store = Store(o.store) if Path(o.store or default_store()).expanduser().exists() else None
-    rates, kind = (plan.rates_in(store) if store else {}) | (rates or {}), plan._kind(o.device)
+    rates, kind = (hours.rates_in(store) if store else {}) | (rates or {}), plan._kind(o.device)
     for run, o in turns:
         ts, n, known = _chain(run, targets, o, store, kind)
         left = _left(ts, store if known else None, seen)
         size = {p: sum(disk(t.stage, t.cfg, n) for t in left if (t.stage in PASSING) == p) for p in (False, True)}
         out.append(dict(profile=o.profile, tier=run.tier, dataset=run.dataset, category=run.category, row=run.row,
-                        seed=run.cfg.seed, hours=plan.estimate(left, n, rates, kind) / 3600, kept=size[False],
+                        seed=run.cfg.seed, hours=hours.estimate(left, n, rates, kind) / 3600, kept=size[False],
                         passing=size[True], gpu=gpu_memory(run.cfg) if left else 0.))
     f = pd.DataFrame(out)
     f.insert(f.columns.get_loc("kept"), "total", f.hours.cumsum())
@@ -187,6 +187,13 @@ def in_words(f: pd.DataFrame, keep: str = "scores") -> str: # f: from `outlook`;
     room = f"about {disk:.1f} GB of disk; {f.gpu.max():.1f} GB of GPU memory where there is one"
     return "\n".join([*lines, f"{(f.hours == 0).sum()} of {len(f)} runs stored; {time}; {room}"])
 
+# %% ../../nbs/paper/budget.ipynb #f716f597
+def _slim(ts, store):
+    "Keep of a run what it scored, and drop its networks and memories"
+    for t in ts.values():
+        if t.stage in PASSING or t.stage not in STAGES and t is not scored(ts):
+            store.drop(t, record=False)
+
 # %% ../../nbs/paper/budget.ipynb #ddb2032a
 def _one(targets, store, device, kind, end, workers, keep, log, turn):
     "One run: there, left or failed"
@@ -201,7 +208,7 @@ def _one(targets, store, device, kind, end, workers, keep, log, turn):
         return "failed"
     if not (left := _left(ts, store, set())):
         return "there"
-    need = plan.estimate(left, len(data.train), plan.rates_in(store), kind)
+    need = hours.estimate(left, len(data.train), hours.rates_in(store), kind)
     if time.monotonic() + need > end:
         log(f"{name}: left, it would take about {need / 3600:.2f} hours")
         return "left"
@@ -210,9 +217,8 @@ def _one(targets, store, device, kind, end, workers, keep, log, turn):
     found = cluster.carry_out_all(last, data, store, "cpu" if workers else device, failed=failed)
     bad = next((why for why in found.values() if isinstance(why, str)), None)
     log(f"{name}: {f'failed: {bad}' if bad else f'{time.perf_counter() - start:.0f} s'}")
-    passing = [t for t in ts.values() if t.stage in PASSING or t.stage not in STAGES and t is not scored(ts)]
-    for t in passing if keep == "scores" and not bad else ():
-        store.drop(t, record=False)
+    if keep == "scores" and not bad:
+        _slim(ts, store)
     return "failed" if bad else "there"
 
 # %% ../../nbs/paper/budget.ipynb #8bd09105

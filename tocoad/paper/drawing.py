@@ -16,6 +16,7 @@ import numpy as np
 
 from ..data.errors import BadInput
 from ..files import whole
+from ..names import drawn
 from .published import label
 from .report import Results, gain, groups_of, lines, printed_metrics, shown
 from ..run.report import METHOD_NAMES
@@ -52,7 +53,7 @@ def forest(
     handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
     fig.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=8)
-    fig.suptitle(heading, fontsize=8)
+    fig.suptitle(drawn(heading), fontsize=8)
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #f2454dc1
@@ -91,13 +92,13 @@ def heat_maps(
         row[0].imshow(np.moveaxis(np.asarray(images[i]), 0, -1))
         row[1].imshow(np.zeros_like(images[i][0]) if masks is None else masks[i], cmap="gray", vmin=0, vmax=1)
         for ax, m in zip(row[2:], maps.values(), strict=True):
-            drawn = ax.imshow(m[i], cmap="inferno", vmin=0, vmax=top)
-        row[0].set_ylabel(defects[i], fontsize=8)
+            last = ax.imshow(m[i], cmap="inferno", vmin=0, vmax=top)
+        row[0].set_ylabel(drawn(defects[i]), fontsize=8)
     for ax, name in zip(axes[0], names, strict=True):
         ax.set_title(name, fontsize=9)
-    bar = fig.colorbar(drawn, ax=axes, shrink=.5, aspect=30, ticks=range(int(top) + 1))
+    bar = fig.colorbar(last, ax=axes, shrink=.5, aspect=30, ticks=range(int(top) + 1))
     bar.set_label("0: median of good images, 1: their 99th percentile", fontsize=7)
-    fig.suptitle(textwrap.fill(heading, int(16 * fig.get_figwidth())), fontsize=8)
+    fig.suptitle(drawn(textwrap.fill(heading, int(16 * fig.get_figwidth()))), fontsize=8)
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #8d8ed4a7

@@ -67,11 +67,11 @@ def runs_in(
     return out
 
 # %% ../../nbs/paper/from_files.ipynb #fa11000c2
-def make_of(run: dict) -> str: # run: from `runs_in`
-    "What two runs must share to be compared: images, weights of F, arithmetic, versions"
+def make_of(run: dict) -> tuple: # run: from `runs_in`
+    "What two runs must share to be compared: images, arithmetic, versions; weights of F, if both have an F"
     made = [r["made_from"] for r in run.values()]
-    weights = sorted({m["weights"] for m in made if m["weights"]})
-    return json.dumps([made[0]["data"], weights, run["metrics"]["made_from"]["by"]], sort_keys=True)
+    weights = tuple(sorted({m["weights"] for m in made if m["weights"]}))
+    return json.dumps([made[0]["data"], run["metrics"]["made_from"]["by"]], sort_keys=True), weights
 
 # %% ../../nbs/paper/from_files.ipynb #fa11000f
 def _read(t):
@@ -148,7 +148,7 @@ def sorted_out(
     groups = {g: rs for g, rs in groups.items() if g[0] != "mini"} or groups
     for g, mine in groups.items():
         most = Counter(map(make_of, mine)).most_common(1)[0][0]
-        groups[g] = [r for r in mine if make_of(r) == most]
+        groups[g] = [r for r in mine if (x := make_of(r)) == most or x[0] == most[0] and () in (x[1], most[1])]
         left["of other images, weights, arithmetic or versions"] += len(mine) - len(groups[g])
     return groups, {why: n for why, n in left.items() if why and n}
 
@@ -187,7 +187,9 @@ def _options(profile, settings, pooled, target):
     said = [t["settings"] for t in sorted(tables, key=lambda t: t["target"] != target) if t["profile"] == profile]
     runs = [r["metrics"] for r in runs_in(records) if "redraws" in r]
     seeds = sorted({m["seed"] for m in runs if m["profile"] == profile})
-    return options(profile, seeds=seeds or [0], settings=settings or said[0])
+    named = {s for t in tables if t["target"] == target == "panel" for s in t.get("systems") or ["tocoad"]}
+    systems = sorted(named) if named - {"tocoad"} else None
+    return options(profile, seeds=seeds or [0], settings=settings or said[0], systems=systems)
 
 def _one(target, profile, settings, pooled):
     "The results of one profile"

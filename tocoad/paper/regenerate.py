@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from ..data.errors import BadInput, one_of
 from ..files import whole
 from . import plan
-from .plan import Options, _kind, _make, _rate_of, datasets, estimate, images_in, places, rates_in
+from .hours import _rate_of, estimate, images_in, rates_in
+from .plan import Options, _kind, _make, datasets, places
 from .report import Results
 from .rows import FROZEN, GALLERIES, TABLES, TARGETS, TOURS
 from .sheets import _note, _whole, compute, sheet_path

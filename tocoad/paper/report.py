@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'ONE_SEED', 'COLUMNS', 'Results', 'groups_of', 'coverage', 'Value', 'value', 'training', 'finished',
-           'gain', 'gain_text', 'printed_metrics', 'frame_of', 'side_by_side', 'lines', 'comparison', 'gains', 'shown',
-           'ablation', 'generator', 'notes', 'tidy', 'flat', 'write_table']
+           'gain', 'gain_text', 'printed_metrics', 'frame_of', 'side_by_side', 'lines', 'shown', 'ablation',
+           'generator', 'notes', 'tidy', 'flat', 'write_table']
 
 # %% ../../nbs/paper/report.ipynb #acb7013e
 import re
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import reduce, wraps
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..data.errors import BadInput
 from ..files import whole
 from ..measure.intervals import Interval, mean_interval
 from ..measure.metrics import mean_std
+from ..names import cells, listed, markup, page
 from . import published
 from .published import label
 from .training import summary
@@ -168,7 +169,7 @@ def side_by_side(make): # make: function of `Results` that gives a frame
     def frame(r: Results, **how):
         "As `make`"
         frames = {x.sheet["profile"]: make(x, **how) for x in (r, *r.beside)}
-        own = lambda f: f.loc[:, [c[-1] != "published" for c in f]]
+        own = lambda f: f.loc[:, [c[-1] not in ("published", "elsewhere") for c in f]]
         several = {p: f if p == r.sheet["profile"] else own(f) for p, f in frames.items()}
         return pd.concat(several, axis=1).fillna("-") if r.beside else make(r, **how)
     return frame
@@ -181,64 +182,6 @@ def lines(r: Results, every: bool = False): # every: all of the paper's, and the
         there = [c for c in groups_of(d)["total_avg"] if every or c in set(r.runs.category)]
         yield from ((c, d, c) for c in there)
         yield from ((a, d, cs) for a, cs in groups_of(d, r.target == "table1").items() if {*there} & {*cs})
-
-def _pair(texts):
-    texts = list(texts)
-    return "-" if set(texts) == {"-"} else " / ".join(texts)
-
-def _ours(r, method, metrics, known, at):
-    "Our columns of a method in Tables 1-3; `known`: the paper's values, NaN where there is none"
-    v = [value(r, method, k, *at) for k in metrics]
-    less = [x.mean - k if len(x.of) >= len(x.every) else np.nan for x, k in zip(v, known, strict=True)]
-    out = {"ours": _pair(map(str, v)), "ours - published": _pair("-" if np.isnan(d) else f"{d:+.2f}" for d in less)}
-    return out | {"D's pull, %": str(value(r, method, "pull", *at)), "training": training(r, method, *at) or "-"}
-
-def _cells(r, method, metrics, known, real, at): # real: the metrics that the published cell holds
-    "Our columns, twice where the published cell holds other metrics than its header says"
-    if [*real] == [*metrics]:
-        return _ours(r, method, metrics, known, at)
-    like = _ours(r, method, real, known, at)
-    names = " / ".join(map(label, real))
-    return _ours(r, method, metrics, [np.nan] * len(metrics), at) | {f"{k}, {names}": like[k] for k in [*like][:2]}
-
-def _own(dataset):
-    "What other sources say of a data set: (method, category, metric) -> text"
-    t = published.elsewhere().query("dataset == @dataset")
-    return dict(zip(zip(t.method, t.category, t.metric, strict=True), t.value.map("{:g}".format), strict=True))
-
-# %% ../../nbs/paper/report.ipynb #e658afec
-@side_by_side
-def comparison(r: Results) -> pd.DataFrame: # text; columns: (method, "published" | "elsewhere" | "ours" | ...)
-    "Tables 1-3: published, the systems' own papers or reruns, ours, differences"
-    n, out = int(r.target[-1]), {}
-    t, metrics = published.table(n), printed_metrics(n)
-    said, own = t.set_index(["method", "category", "metric"]), _own(t.dataset[0])
-    for c, *at in lines(r, every=True):
-        line = out["mini (stand-in)" if at[0] == "mini" else label(at[0]), label(c)] = {}
-        for m in dict.fromkeys([*t.method, *r.rows]):
-            keys = [(m, c if at[0] != "mini" else "", k) for k in metrics]
-            line[m, "published"] = _pair(said.printed.get(k, "-") for k in keys)
-            line[m, "elsewhere"] = _pair(own.get(k, "-") for k in keys)
-            known, real = [said.value.get(k, np.nan) for k in keys], published.holds(n, m, c)
-            line |= {(m, k): v for k, v in _cells(r, m, metrics, known, real, at).items()} if m in r.rows else {}
-    f = frame_of(out, [None, " / ".join(map(label, metrics))])
-    return f.loc[:, [k[1] == "ours" or set(f[k]) != {"-"} for k in f]]
-
-# %% ../../nbs/paper/report.ipynb #00893be7
-@side_by_side
-def gains(r: Results, base: str = "frozen F", beyond: str = "") -> pd.DataFrame: # beyond: a metric that the table lacks
-    "Tables 1-3: paired differences with 95 % intervals, of a further metric its values too"
-    metrics = [beyond] if beyond else printed_metrics(int(r.target[-1]))
-    def cells(*at):
-        "A line of the table"
-        out = {}
-        for m in r.rows:
-            if beyond:
-                out[m, "ours"] = str(value(r, m, beyond, *at))
-            for k in metrics if m != base else ():
-                out[m, f"vs {base}" if beyond else label(k)] = gain_text(r, m, base, k, *at)
-        return out
-    return frame_of({label(name): cells(*at) for name, *at in lines(r)})
 
 # %% ../../nbs/paper/report.ipynb #c6165174
 def shown(r: Results) -> list: # of `rows.Row`
@@ -340,10 +283,8 @@ def flat(frame: pd.DataFrame, by: str = " ") -> pd.DataFrame: # by: between the 
 def _typeset(frames, name, title, notes):
     "Tables for HTML and LaTeX, the notes beneath the last"
     table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
-    out = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
-    for n in notes:
-        out[-1] = out[-1].tab_source_note(n)
-    return out
+    *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
+    return [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
 
 # %% ../../nbs/paper/report.ipynb #c3133dcf
 _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "✓": r"\checkmark{}", "Δ": r"$\Delta$"})
@@ -351,9 +292,9 @@ _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "�
 def write_table(frames: dict, name: str, title: str, notes, out, numbers=None) -> list: # heading -> frame; paths
     "Write tables into `out`/tables as CSV (`numbers`, if there are any), Markdown, HTML and LaTeX"
     folder, typeset, first = Path(out) / "tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
-    md = [f"{h}\n\n{flat(f).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
-    texts = dict(csv=(first if numbers is None else numbers).to_csv(index=numbers is None),
-                 md="\n\n".join([f"# {title}", *md, "\n".join(f"- {n}" for n in notes)]) + "\n",
+    md = [f"{h}\n\n{page(flat(f)).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
+    texts = dict(csv=cells(first if numbers is None else numbers).to_csv(index=numbers is None),
+                 md="\n\n".join([f"# {markup(title)}", *md, listed(notes)]) + "\n",
                  html="\n".join(t.as_raw_html() for t in typeset),
                  tex="\n".join(t.as_latex() for t in typeset).translate(_TEX))
     try:

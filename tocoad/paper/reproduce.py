@@ -10,7 +10,7 @@ import json
 from contextlib import contextmanager, suppress
 
 from ..data.errors import BadInput
-from . import budget, from_files, plan, regenerate, rows
+from . import budget, from_files, hours, plan, regenerate, rows
 from ..run import exchange
 
 # %% ../../nbs/paper/reproduce.ipynb #f6de7d4e
@@ -43,6 +43,17 @@ def _check_files(files, targets, computes): # computes: whether something else w
                        "--dry-run out.")
     exchange.pool(from_files.files_in(files))
 
+# %% ../../nbs/paper/reproduce.ipynb #90110f28
+def _check_images(targets, o):
+    "BadInput if targets cannot have the systems, the folders or the root that are asked for"
+    if o.systems and not {*targets} <= {*rows.TABLES[:3], "panel"}:
+        raise BadInput("--systems: only table1, table2, table3 and the panel can have other systems; name these alone.")
+    if o.folders and targets != ["panel"]:
+        raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
+                       "from --root; folders of your choice are for `tocoad reproduce panel`.")
+    if o.folders and (o.root or o.categories):
+        raise BadInput("--root and --categories: the panel runs on the folders that --folders names, on nothing else.")
+
 # %% ../../nbs/paper/reproduce.ipynb #196ce951
 def check(
     targets, every, # of `rows.TARGETS`; `plan.Options` of each profile
@@ -55,13 +66,7 @@ def check(
     if files:
         _check_files(files, targets, o.root or o.folders or budget_of or workers or dry_run)
         return parameters(pairs, targets)
-    if o.systems and not {*targets} <= {*rows.TABLES[:3]}:
-        raise BadInput("--systems: only table1, table2 and table3 have columns of other systems; name these alone.")
-    if o.folders and targets != ["panel"]:
-        raise BadInput(f"--folders: {' '.join(targets)} {'read' if targets[1:] else 'reads'} the paper's data sets "
-                       "from --root; folders of your choice are for `tocoad reproduce panel`.")
-    if o.folders and (o.root or o.categories):
-        raise BadInput("--root and --categories: the panel runs on the folders that --folders names, on nothing else.")
+    _check_images(targets, o)
     if workers and workers.startswith("local:") and not workers[6:].strip("0").isdigit():
         raise BadInput(f"--workers {workers}: write local:2 for two processes.")
     if budget_of:
@@ -74,7 +79,7 @@ def check(
 # %% ../../nbs/paper/reproduce.ipynb #5a92eced
 def in_words(
     targets, o, # of `rows.TARGETS`; `plan.Options`
-    rates: dict, # from `plan.rates_from`; {}: those of the store
+    rates: dict, # from `hours.rates_from`; {}: those of the store
 ) -> str: # lines
     "What would be computed, and how long it takes"
     read = regenerate.needed(targets)
@@ -86,7 +91,7 @@ def in_words(
     missing = {d: cs for t in read for d in plan.datasets(t) if (cs := plan.find(o.place, d, None)[2])}
     theirs = f", {span(f.others.sum())} of it for other systems" if f.others.sum() else ""
     lines = [f"{len(targets)} tables and figures, profile {o.profile}, seeds {' '.join(map(str, o.seeds))}: "
-             f"{len(rows.distinct(read, o.bn2))} configurations on {len(f)} categories",
+             f"{len(rows.distinct(read, o.bn2, o.systems))} configurations on {len(f)} categories",
              f"{f.runs.sum()} runs in {f.stages.sum()} stages after sharing; {f.stored.sum()} stages stored or "
              f"not needed, {f['compute'].sum()} to compute", f"{span(f.hours.sum())}{theirs} ({how})"]
     lines += [f"not there: {d}: {', '.join(cs)}" for d, cs in missing.items()]
@@ -102,7 +107,7 @@ def outlook(
     keep: str = "all", # tensors
 ) -> str: # lines
     "What would be computed, how long it takes, and what a budget would reach"
-    rates = plan.rates_from(rates) if rates else {}
+    rates = hours.rates_from(rates) if rates else {}
     lines = [in_words(targets, o, rates) for o in every]
     if budget_of:
         lines.append(budget.in_words(budget.outlook(targets, every, budget.seconds(budget_of), rates), keep))

@@ -100,15 +100,15 @@ def _printed(n):
 
 # %% ../../nbs/paper/rows.ipynb #aabb05f5
 def _systems(n):
-    "The columns of table n that are neither ToCoAD nor the frozen F"
-    others = [(key, s.name) for key, s in SYSTEMS.items() if key not in ("frozen", "tocoad") and n in s.tables]
-    printed = set(published.table(n).method) if others else ()
+    "The columns of table n, or of the panel, that are neither ToCoAD nor the frozen F"
+    others = [(k, s.name) for k, s in SYSTEMS.items() if k not in ("frozen", "tocoad") and (n in s.tables or not n)]
+    printed = set(published.table(n).method) if n and others else ()
     return [Row(name, (("method", name),) if name in printed else (), {}, system=key) for key, name in others]
 
 def rows(
     target: str, # one of `TARGETS`
     bn2: str = "eval", # batch norm in stage II: with controls unless it is "eval"
-    systems=None, # keys of `SYSTEMS` beside the frozen F; None: all
+    systems=None, # keys of `SYSTEMS` beside the frozen F; None: all, of the panel ToCoAD alone
 ) -> tuple: # of `Row`, the frozen F first
     "The runs that a table needs"
     one_of(target, TARGETS, "a table or figure")
@@ -117,7 +117,7 @@ def rows(
     if target in TOURS or target in GALLERIES or target == "audit":
         return FROZEN, TWO_STAGE["Perlin"]
     n = TABLES.index(target) + 1 if target in TABLES else 0
-    out = (FROZEN, *_printed(n), *OURS.get(target, ()), *_systems(n)) if n else PANEL
+    out = (FROZEN, *_printed(n), *OURS.get(target, ()), *_systems(n)) if n else (*PANEL, *_systems(0) * bool(systems))
     if systems is not None:
         out = tuple(r for r in out if r is FROZEN or (r.system or "tocoad") in systems)
     return out if bn2 == "eval" else tuple(dict.fromkeys([*out, *filter(None, map(control, out))]))
@@ -131,7 +131,7 @@ def _computed(r):
 
 def distinct(
     targets, # of `TARGETS`
-    bn2: str = "eval", # as for `rows`
+    *options, # bn2, systems: as for `rows`
 ) -> set: # of texts, one for each configuration
     "The different configurations behind some tables and figures"
-    return {_computed(r) for t in targets for r in rows(t, bn2)}
+    return {_computed(r) for t in targets for r in rows(t, *options)}

@@ -13,11 +13,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput
-from ..files import folder_state
+from ..data.errors import BadInput, printable
+from ..files import folder_state, state_of
 from . import plan, published
 from .plan import METRICS, TRAINING, Options, _kind, _make, datasets, find, options, places, stages_of
 from .report import Results
@@ -27,6 +26,7 @@ from ..run import exchange
 from ..run.components import code_of
 from ..run.config import config, settings
 from ..run.keys import STAGES, computed_by, scored
+from ..run.report import pull
 from ..run.source import fingerprint
 from ..run.store import Store, write_sealed
 from ..systems.system import SYSTEMS, departures
@@ -48,7 +48,7 @@ def sheet_path(
     at = {g: folder and folder / g[1] for g, folder in places(target, o).items()}
     here = [(*g, str(folder and folder.resolve()), folder and folder_state(folder)) for g, folder in at.items()]
     base = config(o.profile, **settings(o.settings))
-    files = [(p, Path(p).stat().st_mtime_ns) for p in (base.weights,) if Path(p).is_file()]
+    files = [(p, *state_of(Path(p))) for p in (base.weights,) if Path(p).is_file()]
     files += [folder_state(p) for p in (base.textures,) if p and Path(p).is_dir()]
     by, names = computed_by(base.precision, _kind(o.device)), [r.name for r in o.rows(target)]
     made_from = [target, o.profile, o.settings, o.seeds, o.categories, names, here, files, by, _code(target, o)]
@@ -60,7 +60,7 @@ def _on_the_way(out, last, t, row, seed):
     found = {k: out.get(last.get((k, t, row, seed))) for k in ("stage2", "curve")}
     said = {}
     if isinstance(found["stage2"], dict):
-        said["pull"] = 100 * float(np.mean([e["share"] for e in found["stage2"]["values"]["log"]]))
+        said["pull"] = 100 * pull(found["stage2"]["values"]["log"])
     if isinstance(found["curve"], dict):
         seen = {m: [e[m] for e in found["curve"]["values"]["curve"] if e.get(m) is not None] for m in METRICS}
         said |= {f"oracle_{m}": 100 * max(v) for m, v in seen.items() if v}
@@ -94,12 +94,13 @@ def _percent(x):
     "A share in per cent"
     return None if x is None else 100 * x
 
-# %% ../../nbs/paper/sheets.ipynb #66065b1f
+# %% ../../nbs/paper/sheets.ipynb #3bcdd055
 def _departures(target, o):
     "What the other systems of a table leave of their published settings"
     every = {r.name: departures(o.config("mvtec_ad", "bottle", 0, r)) for r in o.rows(target) if r.system}
     return {name: left for name, left in every.items() if left}
 
+# %% ../../nbs/paper/sheets.ipynb #66065b1f
 def sheet(
     target: str, # of `TARGETS`
     o: Options,
@@ -108,11 +109,10 @@ def sheet(
     "What came of a target"
     got = dict(sets=[], runs=[], differences=[], failed=[], arrays=[])
     keys, machines = set(), {}
-    for (dataset, category), what in found.items():
-        at = dict(dataset=dataset, category=category)
+    for g, what in found.items():
+        at = dict(zip(("dataset", "category"), g, strict=True))
         if isinstance(what, str):
-            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.runs(target, dataset, category)
-                              for s in o.seeds]
+            got["failed"] += [at | dict(row=r.name, seed=s, reason=what) for r in o.runs(target, *g) for s in o.seeds]
             continue
         got["sets"].append(at | what[2])
         ends = {names: end for names, end in what[0].items() if names[1] == target}
@@ -123,9 +123,9 @@ def sheet(
         machines |= {json.dumps(r["hardware"]): r["versions"] for r in done}
     due = 0 if target.startswith("figure") else len(o.seeds) * sum(len(o.runs(target, *g)) for g in found)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
-                mini=o.root is None and target != "panel", departures=_departures(target, o), **got,
-                versions=list(machines.values()), keys=sorted(keys),
-                hardware=[json.loads(m) for m in machines], left=due and due - len(got["runs"]) - len(got["failed"]),
+                mini=o.root is None and target != "panel", departures=_departures(target, o), systems=o.systems, **got,
+                versions=[*machines.values()], keys=sorted(keys), hardware=[*map(json.loads, machines)],
+                left=due and due - len(got["runs"]) - len(got["failed"]),
                 missing={d: find(o.place, d, o.categories)[2] for d in datasets(target)})
 
 # %% ../../nbs/paper/sheets.ipynb #7d120f38
@@ -195,7 +195,7 @@ def _teller(name, bar, log):
             return
         seen.add(t.key)
         bar.update()
-        bar.set_postfix_str(f"{t.cfg.category} {t.stage}")
+        bar.set_postfix_str(printable(f"{t.cfg.category} {t.stage}"))
         if new:
             log(f"{name}: {t.stage} {t.cfg.method} seed {t.cfg.seed}, {r['seconds']:.1f} s")
     return say, seen
@@ -211,10 +211,10 @@ def _spread(last, where, store, device, client, say):
     for f in as_completed([f for _, f in futures.values()]):
         t = of[f.key]
         why = f.result() if f.status == "finished" else f"{t.stage}: {f.exception()}"
-        if why:
-            failed[t.key] = why
+        if not why and (r := store.record(t)):
+            say(t, r, True)
         else:
-            say(t, store.record(t), True)
+            failed[t.key] = why or f"{t.stage}: computed, but not found in the store at {store.root}"
     return failed
 
 def _slim(got, store):

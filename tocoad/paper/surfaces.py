@@ -35,6 +35,7 @@ CLAIMS = (
     Claim("D is what helps", "ToCoAD + Perlin", "C alone, weight 0.5", 1),
     Claim("it is training that helps", "ToCoAD + Perlin", "rate 0, both stages, Perlin", 1))
 
+# %% ../../nbs/paper/surfaces.ipynb #01c0777c
 def printed(
     c: Claim,
 ) -> str: # image / pixel AUROC, points; "-" where the paper has no such rows

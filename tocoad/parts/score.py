@@ -30,6 +30,7 @@ from ..data.depth import SCALES
 from ..data.errors import BadInput, printable
 from ..data.images import SUFFIXES, open_image, read_image, rgb
 from ..method.halving import halving
+from ..names import cell
 from .fit import Detector, _many, _origin, _readable, decoded, find_images
 from ..run.store import write_json
 
@@ -143,7 +144,7 @@ def _write_scores(rows, path, threshold, heat_maps):
         for i, (name, s, why) in enumerate(rows, 1):
             what = "unreadable" if s is None else "defect" if s > threshold else "good"
             rank, score, ratio = ("", "", "") if s is None else (i, f"{s:.6g}", f"{s / threshold:.4f}")
-            out.writerow([rank, name, score, t, ratio, what, heat_maps.get(name, ""), why])
+            out.writerow(map(cell, [rank, name, score, t, ratio, what, heat_maps.get(name, ""), why]))
 
 # %% ../../nbs/parts/2_score.ipynb #675ec23a
 def heat_map(

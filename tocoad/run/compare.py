@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONTROLS', 'DIFFERENCES', 'reason', 'shown', 'carry_out', 'describe', 'weights_id', 'tasks', 'methods_for',
-           'Comparison', 'at', 'load_at', 'pull', 'member', 'compare', 'record']
+           'Comparison', 'at', 'load_at', 'member', 'compare', 'record']
 
 # %% ../../nbs/run/5_compare.ipynb #97f3e465
 import copy
@@ -18,11 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..data.errors import BadInput, one_of
+from ..data.errors import BadInput, one_of, printable
 from ..data.images import Category, crop
 from ..data.load import load
+from ..files import state_of
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..measure.metrics import mean_std
 from ..method.contrast import CONTRASTS, PREDICTORS
@@ -32,9 +34,10 @@ from ..method.weights import BACKBONES, file_sha256, weights_path
 from .components import source_of
 from .config import settings_of
 from .keys import Task, chain, check_current, content, hardware, scored, versions
+from .report import pull
 from .source import code_hash
 from .store import Store
-from ..systems.check import check_numbers, check_parts, find_device
+from ..systems.check import check_numbers, check_parts, enough_memory, find_device
 from ..systems.settings import Config, Shared, ask_for_textures, distinct
 from ..systems.system import PARTS, SYSTEMS, TRAINS, System, departures, find
 from ..systems.tocoad import GENERATORS
@@ -102,7 +105,8 @@ def _compute(t, data, store, parts, device, progress):
     "The record of a stage that was not there"
     check_current(t, data)
     got, start = _got(t, store), time.perf_counter()
-    values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
+    with enough_memory({k: getattr(t.cfg, k) for k in t.does.fields}):
+        values, arrays = find(t.does.function)(t.given, data, got, copy.deepcopy(parts), device, progress)
     check_numbers(t.stage, values, None if t.does.judges else arrays)
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     about = dict(hardware=hardware(gpu), threads=torch.get_num_threads(), images=len(data.train))
@@ -146,7 +150,7 @@ def weights_id(
     if not Path(weights).is_file():
         raise BadInput(f"No weights at {weights}; give 'imagenet', 'random' or the path of a state dict for "
                        f"{backbone}.")
-    return _file_id(backbone, weights, Path(weights).stat().st_mtime_ns)
+    return _file_id(backbone, weights, state_of(Path(weights)))
 
 # %% ../../nbs/run/5_compare.ipynb #c0f77a5f
 def tasks(
@@ -176,12 +180,6 @@ def methods_for(
     names = [m for s in systems for m in (ways if s == "tocoad" else (s,))]
     return {m: None if m in TRAINS else settings_of(m, cfg, pairs) for m in names}
 
-# %% ../../nbs/run/5_compare.ipynb #db799d99
-def _reused(stages):
-    "A column of each stage: computed in how many seconds, or reused"
-    how = np.where(stages.computed, stages.seconds.map("computed, {:.1f} s".format), "reused")
-    return stages.assign(how=how).pivot_table("how", ["method", "seed"], "stage", "first", sort=False).fillna("")
-
 # %% ../../nbs/run/5_compare.ipynb #9e56103d
 @dataclass
 class Comparison:
@@ -209,9 +207,13 @@ class Comparison:
         masks = crop(self.data.test.masks, self.cfg.size).numpy()
         return paired_bootstrap_pixels(masks, self.maps[base], self.maps[method], metric, n=n)
 
-    def reused(self): # stages by method: "computed 1.2 s" or "reused"
-        "What was computed and what came from the store"
-        return _reused(self.stages)
+# %% ../../nbs/run/5_compare.ipynb #db799d99
+@patch
+def reused(self: Comparison): # stages by method and seed: "computed, 1.2 s" or "reused"
+    "What was computed and what came from the store"
+    stages = self.stages
+    how = np.where(stages.computed, stages.seconds.map("computed, {:.1f} s".format), "reused")
+    return stages.assign(how=how).pivot_table("how", ["method", "seed"], "stage", "first", sort=False).fillna("")
 
 # %% ../../nbs/run/5_compare.ipynb #09873f67
 def at(
@@ -225,7 +227,8 @@ def load_at(
     root, dataset, category, resize, shorter, mask, # from `at`
 ) -> Category:
     "The images that some settings mean"
-    return load(root, dataset, category, resize, shorter=shorter, cast=mask == "cast")
+    with enough_memory(dict(resize=resize)):
+        return load(root, dataset, category, resize, shorter=shorter, cast=mask == "cast")
 
 # %% ../../nbs/run/5_compare.ipynb #8fd716d5
 _LOGGED = "stage1", "stage2", "contrastive", "curve"
@@ -249,12 +252,6 @@ def _training(values):
     if "stage1" in values:
         out["discriminator_auroc"] = values["stage1"]["discriminator_auroc"]
     return out
-
-def pull(
-    log: list, # of stage II
-) -> float: # in [0, 1]
-    "D's share of the pull on F: lengths of the two weighted gradients, mean over epochs"
-    return float(np.mean([e["share"] for e in log]))
 
 # %% ../../nbs/run/5_compare.ipynb #6fa190db
 def member(
@@ -307,7 +304,7 @@ def compare(
         check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside, (store := store or Store(Path(aside) / "store")).busy():
-        for seed, m in tqdm(todo, cfg.category, disable=not progress, leave=False):
+        for seed, m in tqdm(todo, printable(cfg.category), disable=not progress, leave=False):
             runs[m, seed] = _run(*member(cfg.replace(seed=seed), m, methods[m]), data, store, device, progress)
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device, left)
 

@@ -87,7 +87,9 @@ def settings_of(
     own = settings(pairs, s.kind, system)
     if (both := own.keys() & kinds(Shared).keys()):
         raise BadInput(f"--set {system}.{(key := both.pop())}=...: all systems share {key}: write {key}=... for all.")
-    return s.of(base, system, **own)
+    known = kinds(s.kind).keys() - own.keys() - kinds(Shared).keys()
+    given = {k: v for k in known & {"textures"} if (v := getattr(base, k, None))} # a place, no choice of the system's
+    return s.of(base, system, **given | own)
 
 # %% ../../nbs/run/1_config.ipynb #91b19205
 def check_settings(

@@ -207,7 +207,8 @@ def export(
         raise BadInput(f"{store.root} holds no results of {wanted}: run `tocoad reproduce` first, or give another "
                        "--store.")
     body = "".join(_line(_outward(r, store)) + "\n" for r in sorted(records, key=_order))
-    about = [{k: s[k] for k in ("target", "profile", "seeds")} | dict(settings=_outward_settings(s)) for s in tables]
+    about = [{k: s.get(k) for k in ("target", "profile", "seeds", "systems")} | dict(settings=_outward_settings(s))
+             for s in tables]
     head = dict(what="results of tocoad", format=FORMAT, licence=LICENCE, versions=versions(), tables=about,
                 sets=_sets(store, records), records=len(records))
     try:

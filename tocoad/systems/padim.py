@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as nnf
 
+from ..data.errors import BadInput
 from ..method.arithmetic import arithmetic
 from ..method.halving import halving
 from ..method.pretrain import stream
@@ -70,7 +71,10 @@ def packed(
 ): # (P, d (d + 1) / 2)
     "Their Cholesky factors, without the zeros"
     i, j = torch.tril_indices(*S.shape[1:], device=S.device)
-    return halving(lambda s: torch.linalg.cholesky(s)[:, i, j], S, 256, "place")[0]
+    try:
+        return halving(lambda s: torch.linalg.cholesky(s)[:, i, j], S, 256, "place")[0]
+    except torch.linalg.LinAlgError:
+        raise BadInput("PaDiM: a covariance has no Cholesky factor: raise ridge (the paper has 0.01).") from None
 
 def unpacked(
     triangles, # (P, d (d + 1) / 2)

@@ -33,10 +33,10 @@ def image_score(
     memory, # a `Memory`
     Q, # patches of images (N, P, d)
     s, # their distances to the memory (N, P)
-    b: int = 1, # neighbours, the nearest patch counted; 1: no weight
+    b: int = 1, # neighbours, the nearest patch counted, at most those that there are; 1: no weight
 ): # (N,)
     "The score of the patch farthest from the memory, re-weighted"
-    if b == 1:
+    if min(b, len(memory)) == 1:
         return s.amax(1)
     return score_paper(memory, Q[torch.arange(len(Q)), s.argmax(1)], b)
 

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from ..data.errors import BadInput, one_of
 from ..method.categories import gradients_for, rotation_for
+from ..names import markup
 
 # %% ../../nbs/systems/1_settings.ipynb #d6993445
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Settings:
     def resolved(self): return self # with rules replaced by what they come to
 
     def _repr_markdown_(self):
-        rows = (f"| {k} | {v} |" for k, v in asdict(self).items())
+        rows = (f"| {k} | {markup(v)} |" for k, v in asdict(self).items())
         return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 # %% ../../nbs/systems/1_settings.ipynb #614d0d5f

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from ..data.images import crop
 from ..method.arithmetic import arithmetic
 from ..method.memory import Memory, anomaly_maps
 from .maps import extractor, layer_maps
@@ -47,24 +48,25 @@ def correspondence(
     return nearest(rows(m), rows(gallery)).view(m.shape[1:])
 
 # %% ../../nbs/systems/spade.ipynb #0a3d5769
-def fit(c, data, got, parts, device, progress): # number of images; their vectors (N, d) and maps of layers 1 to 3
-    "What F says of the training images"
-    *maps, top = layer_maps(extractor(c, device), data.train.images, c, (1, 2, 3, 4))
-    found = dict(pooled=top.mean((2, 3)), layer1=maps[0], layer2=maps[1], layer3=maps[2])
-    return dict(images=len(data.train.images)), {k: v.cpu().numpy() for k, v in found.items()}
+def fit(c, data, got, parts, device, progress): # number of images; their vectors (N, d) and pixels
+    "The training images, and what they are found by"
+    pooled = layer_maps(extractor(c, device), data.train.images, c, (4,))[0].mean((2, 3))
+    images = crop(data.train.images, c.size).contiguous()
+    return dict(images=len(images)), dict(pooled=pooled.cpu().numpy(), images=images.cpu().numpy())
 
 # %% ../../nbs/systems/spade.ipynb #1ddb2bec
 def scores(c, data, got, parts, device, progress): # images; distances to training images, of places in each layer
     "How far every test image is from the training images, every place from its gallery"
-    F, train = extractor(c, device), {k: torch.from_numpy(v).to(device) for k, v in got[0][1].items()}
-    M, found = Memory(train["pooled"]), []
+    pooled, images = (torch.from_numpy(got[0][1][k]) for k in ("pooled", "images"))
+    F, M, found = extractor(c, device), Memory(pooled.to(device)), []
+    train = layer_maps(F, images, c, (1, 2, 3))
     with tqdm(total=len(data.test.images), desc="SPADE", disable=not progress, leave=False) as bar:
         for x in data.test.images.split(32):
             *maps, top = layer_maps(F, x, c, (1, 2, 3, 4))
             distances, near = M.search(top.mean((2, 3)), len(M))
             with arithmetic("fp32", device):
                 for k, idx in enumerate(near[:, :c.gallery]):
-                    places = (correspondence(m[k], train[f"layer{n}"][idx]) for n, m in enumerate(maps, 1))
+                    places = (correspondence(m[k], t[idx]) for m, t in zip(maps, train, strict=True))
                     found.append((distances[k], *places))
                     bar.update()
     names = "distances", "layer1", "layer2", "layer3"

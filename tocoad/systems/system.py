@@ -126,6 +126,31 @@ SYSTEMS["patchcore"] = System("PatchCore", {
                               reader="systems.patchcore.maps_of", reads=("size", "sigma"))},
     "systems.patchcore.Settings", (1, 2, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(dims=256)))
 
+# %% ../../nbs/systems/2_system.ipynb #6a1f0c25
+SYSTEMS["fapm"] = System("FAPM", {
+    "fapm": Stage("systems.fapm.fit", (*_F, "cut", "coreset", "adaptive")),
+    "fapm_scores": Stage("systems.fapm.scores", (*_F, "cut", "neighbours"), needs=("fapm",),
+                         reader="systems.fapm.maps_of", reads=("size", "sigma"))},
+    "systems.fapm.Settings", (1,))
+
+# %% ../../nbs/systems/2_system.ipynb #4d2a0003
+SYSTEMS["rd4ad"] = System("RD4AD", {
+    "rd4ad": Stage("systems.rd4ad.fit", (*_F, "epochs", "batch", "lr", "betas", "cosine"), work=3.3, epochs="epochs"),
+    "rd4ad_scores": Stage("systems.rd4ad.scores", (*_F, "batch"), needs=("rd4ad",), work=2.,
+                          reader="systems.rd4ad.maps_of", reads=("size", "sigma"))},
+    "systems.rd4ad.Settings", (1,), profiles=dict(laptop=dict(epochs=16), lab=dict(epochs=8, batch=8),
+                                                  smoke=dict(epochs=5, batch=8)))
+
+# %% ../../nbs/systems/2_system.ipynb #4d2a0007
+_DRAEM = "precision", "compile", "size", "seed", "width", "batch"
+_SMALL = dict(width=1 / 16, lr=1e-3, textures="embedded")
+SYSTEMS["draem"] = System("DRAEM", {
+    "draem": Stage("systems.draem.fit", (*_DRAEM, "epochs", "lr", "gamma", "textures", "scales", "threshold", "beta",
+                                         "clean", "turns", "angle"), work=40., epochs="epochs"),
+    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), work=13.)},
+    "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
+                                                  smoke=_SMALL | dict(epochs=3)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
@@ -139,15 +164,9 @@ def departures(
 ) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
     "What settings of its own differ from the published ones, which stand in brackets"
     usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
+    if getattr(c, "textures", None) != "embedded": # where a folder lies is no departure
+        usual.pop("textures", None)
     return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
-
-# %% ../../nbs/systems/2_system.ipynb #4d2a0003
-SYSTEMS["rd4ad"] = System("RD4AD", {
-    "rd4ad": Stage("systems.rd4ad.fit", (*_F, "epochs", "batch", "lr", "betas", "cosine"), work=3.3, epochs="epochs"),
-    "rd4ad_scores": Stage("systems.rd4ad.scores", (*_F, "batch"), needs=("rd4ad",), work=2.,
-                          reader="systems.rd4ad.maps_of", reads=("size", "sigma"))},
-    "systems.rd4ad.Settings", (1,), profiles=dict(laptop=dict(epochs=16), lab=dict(epochs=8, batch=8),
-                                                  smoke=dict(epochs=5, batch=8)))
 
 # %% ../../nbs/systems/2_system.ipynb #6f10a003
 SYSTEMS["fastflow"] = System("FastFlow", {
