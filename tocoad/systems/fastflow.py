@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'Settings', 'subnet', 'Level', 'loss_of', 'energy', 'anomaly_map', 'levels_for', 'train', 'fit', 'scores',
            'maps_of']
 
-# %% ../../nbs/systems/fastflow.ipynb #93924e84
+# %% ../../nbs/systems/fastflow.ipynb #f1b772da
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +22,7 @@ from .coupling import Coupling, Flow
 from .maps import enlarge, extractor, layer_maps
 from .settings import Real, Shared, Whole
 
-# %% ../../nbs/systems/fastflow.ipynb #63b3ea2c
+# %% ../../nbs/systems/fastflow.ipynb #97344724
 @dataclass(frozen=True)
 class Settings(Shared):
     "FastFlow's settings, as published for WideResNet50"
@@ -36,7 +36,7 @@ class Settings(Shared):
     lr: Real[0, 1e30] = 1e-3 # of Adam
     decay: Real[0, 1] = 1e-5 # weight decay, added to the gradient
 
-# %% ../../nbs/systems/fastflow.ipynb #cbd1b0f8
+# %% ../../nbs/systems/fastflow.ipynb #ccb2c11b
 def subnet(
     kernel: int, hidden: float = 1., # side, 1 or 3; channels inside, of those that enter
 ): # (channels in, channels out) -> module
@@ -59,14 +59,14 @@ class Level(nn.Module):
         "z (B, C, h, w) and the logarithm of the flow's stretch (B,)"
         return self.flow(self.norm(x).float())
 
-# %% ../../nbs/systems/fastflow.ipynb #73c9c62c
+# %% ../../nbs/systems/fastflow.ipynb #2a60aa7d
 def loss_of(
     levels, # of (z (B, C, h, w), the logarithm of the stretch (B,))
 ): # scalar
     "What training lowers, FastFlow 1"
     return sum((z.square().flatten(1).sum(1) / 2 - stretch).mean() for z, stretch in levels)
 
-# %% ../../nbs/systems/fastflow.ipynb #567fb5ce
+# %% ../../nbs/systems/fastflow.ipynb #413dc703
 def energy(
     z, # (B, C, h, w)
 ): # (B, h, w)
@@ -80,7 +80,7 @@ def anomaly_map(
     "Mean of the levels' likelihoods, turned around: FastFlow 2"
     return torch.stack([enlarge(-torch.exp(-e / 2), size) for e in energies]).mean(0)
 
-# %% ../../nbs/systems/fastflow.ipynb #87c68f53
+# %% ../../nbs/systems/fastflow.ipynb #0b452636
 def levels_for(
     shapes, # (C, h, w) of each level
     c, # has seed, and what `Level` needs
@@ -89,6 +89,7 @@ def levels_for(
     with seeded(c.seed, "fastflow"):
         return nn.ModuleList(Level(tuple(s), c) for s in shapes)
 
+# %% ../../nbs/systems/fastflow.ipynb #f8ad1c91
 def train(
     levels, maps: list, # trained in place; (N, C_l, h_l, w_l) of normal images
     c, # has epochs, batch, lr, decay, seed
@@ -110,7 +111,7 @@ def train(
         log.append(dict(epoch=epoch + 1, loss=mean, seconds=seconds))
     return log
 
-# %% ../../nbs/systems/fastflow.ipynb #c7898a3a
+# %% ../../nbs/systems/fastflow.ipynb #f91802c1
 LAYERS = (1, 2, 3)
 
 def fit(c, data, got, parts, device, progress): # log; the levels' state
@@ -124,6 +125,7 @@ def fit(c, data, got, parts, device, progress): # log; the levels' state
         log = train(levels, maps, c, progress)
     return dict(log=log), {k: v.detach().cpu().numpy() for k, v in levels.state_dict().items()}
 
+# %% ../../nbs/systems/fastflow.ipynb #506fe730
 @torch.inference_mode()
 def scores(c, data, got, parts, device, progress): # no numbers; "layer1" ... "layer3" (N, h_l, w_l)
     "Mean square of z at every place of the test images"
@@ -137,7 +139,7 @@ def scores(c, data, got, parts, device, progress): # no numbers; "layer1" ... "l
             found.append([energy(level(m)[0]).cpu() for level, m in zip(levels, maps, strict=True)])
     return {}, {f"layer{k}": torch.cat(m).numpy() for k, m in zip(LAYERS, zip(*found, strict=True), strict=True)}
 
-# %% ../../nbs/systems/fastflow.ipynb #853a3f27
+# %% ../../nbs/systems/fastflow.ipynb #f37a8e76
 def maps_of(
     arrays, # from `scores`
     c, # has size

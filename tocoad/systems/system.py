@@ -171,8 +171,18 @@ def departures(
 # %% ../../nbs/systems/2_system.ipynb #6f10a003
 SYSTEMS["fastflow"] = System("FastFlow", {
     "fastflow": Stage("systems.fastflow.fit", (*_F, "blocks", "kernels", "hidden", "clamp", "epochs", "batch", "lr",
-                                               "decay"), work=4., epochs="epochs"),
+                                               "decay"), work=3., epochs="epochs"),
     "fastflow_scores": Stage("systems.fastflow.scores", (*_F, "blocks", "kernels", "hidden", "clamp", "batch"),
                              needs=("fastflow",), work=2., reader="systems.fastflow.maps_of", reads=("size",))},
-    "systems.fastflow.Settings", (2,), profiles=dict(laptop=dict(epochs=20, batch=8), lab=dict(epochs=10, batch=8),
-                                                     smoke=dict(epochs=5, batch=8)))
+    "systems.fastflow.Settings", (2,), profiles=dict(
+        laptop=dict(epochs=8, batch=8), **dict.fromkeys(("smoke", "lab"), dict(epochs=20, batch=8))))
+
+# %% ../../nbs/systems/2_system.ipynb #6f10a004
+SYSTEMS["cflow"] = System("CFLOW-AD", {
+    "cflow": Stage("systems.cflow.fit", (*_F, "blocks", "condition", "clamp", "epochs", "batch", "fibre", "lr",
+                                         "angle"), work=5., epochs="epochs"),
+    "cflow_scores": Stage("systems.cflow.scores", (*_F, "blocks", "condition", "clamp", "batch"), needs=("cflow",),
+                          work=3., reader="systems.cflow.maps_of", reads=("size",))},
+    "systems.cflow.Settings", (1, 2), profiles=dict(
+        laptop=dict(epochs=3, lr=1e-3, angle=0.),
+        **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))
