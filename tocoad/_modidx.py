@@ -821,6 +821,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'tocoad.paper.verdict.Claim.metrics': ('paper/verdict.html#claim.metrics', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.Claim.sets': ('paper/verdict.html#claim.sets', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.Measured': ('paper/verdict.html#measured', 'tocoad/paper/verdict.py'),
+                                      'tocoad.paper.verdict._like': ('paper/verdict.html#_like', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.claims': ('paper/verdict.html#claims', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.decide': ('paper/verdict.html#decide', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.holm': ('paper/verdict.html#holm', 'tocoad/paper/verdict.py'),
