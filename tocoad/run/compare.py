@@ -39,7 +39,7 @@ from .source import code_hash
 from .store import Store
 from ..systems.check import check_numbers, check_parts, enough_memory, find_device
 from ..systems.settings import Config, Shared, ask_for_textures, distinct
-from ..systems.system import PARTS, SYSTEMS, TRAINS, System, departures, find
+from ..systems.system import PARTS, SYSTEMS, TRAINS, System, departures, find, system_of
 from ..systems.tocoad import GENERATORS
 
 # %% ../../nbs/run/5_compare.ipynb #5f62c7b6
@@ -161,9 +161,10 @@ def tasks(
     system: System | None = None, # None: the one that the settings belong to
 ) -> dict: # stage -> `Task`, in order
     "The stages of one run"
-    if "stage1" in TRAINS.get(cfg.method, ()) and "generator" not in (parts or {}):
-        ask_for_textures(cfg)
     c = cfg.resolved()
+    drawn = any("textures" in s.fields for s in (system or system_of(c)).stages_of(c).values())
+    if drawn and "generator" not in (parts or {}):
+        ask_for_textures(SimpleNamespace(generator=getattr(c, "generator", "perlin"), textures=c.textures))
     return chain(c, data.fingerprint, weights_id(c.backbone, c.weights), describe(c, parts), device, system)
 
 # %% ../../nbs/run/5_compare.ipynb #6ec611a8
