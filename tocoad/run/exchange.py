@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from ..data.errors import BadInput
 from ..files import whole
 from .keys import versions
 from .store import Store, read_sealed, write_sealed
-from ..systems.system import SYSTEMS
+from ..systems.system import SYSTEMS, find
 
 # %% ../../nbs/run/exchange.ipynb #5810504d
 FORMAT = 2 # 1 had no redraws, and a hash that left the first line out
@@ -73,14 +74,17 @@ def _image_scores(r, store):
         arrays = store.load(r["stage"], r["key"])
     except OSError:
         return None
-    return _text(arrays["image"] if "image" in arrays else arrays["patch_scores"].max((1, 2)))
+    readers = {n: s.reader for x in SYSTEMS.values() for n, s in x.stages.items() if s.reader}
+    if r["stage"] in readers:
+        return _text(find(readers[r["stage"]])(arrays, SimpleNamespace(**r["config"]))[0])
+    return _text(arrays["image"])
 
 def _outward(r, store):
     "A record as the file keeps it"
     out = {k: v for k, v in r.items() if k not in ("bytes", "tensors", "sha256")} # of the files in the store
     out["config"] = r["config"] | {k: Path(r["config"][k]).name for k in ("textures", "weights") if r["config"].get(k)}
     values = {k: v for k, v in r["values"].items() if k != "pairs"}
-    out["values"] = _short(values) if r["stage"] in ("stage1", "stage2", "contrastive", "curve") else values
+    out["values"] = _short(values) if {"log", "curve"} & set(values) else values
     if r["stage"] in SCORED:
         out["image_scores"] = _image_scores(r, store)
     if r["stage"] == "redraws":
