@@ -107,8 +107,7 @@ def sheet(
     found: dict, # (data set, category) -> what `_group` gives, or the reason why there is nothing
 ) -> dict: # ready for JSON
     "What came of a target"
-    got = dict(sets=[], runs=[], differences=[], failed=[], arrays=[])
-    keys, machines = set(), {}
+    got, keys, machines = dict(sets=[], runs=[], differences=[], failed=[], arrays=[]), set(), {}
     for g, what in found.items():
         at = dict(zip(("dataset", "category"), g, strict=True))
         if isinstance(what, str):
@@ -119,8 +118,8 @@ def sheet(
         keys |= {t.key for t in stages_of(ends.values())}
         for (kind, _, *names), end in ends.items():
             _enter(got, at, kind, names, end, what[1][end], what, target, o)
-        done = [r for end in ends.values() if not isinstance(r := what[1][end], str)]
-        machines |= {json.dumps(r["hardware"]): r["versions"] for r in done}
+        machines |= {json.dumps(r["hardware"]): r["versions"] for r in map(what[1].get, ends.values())
+                     if not isinstance(r, str)}
     due = 0 if target.startswith("figure") else len(o.seeds) * sum(len(o.runs(target, *g)) for g in found)
     return dict(target=target, profile=o.profile, settings=list(o.settings), seeds=list(o.seeds),
                 mini=o.root is None and target != "panel", departures=_departures(target, o), systems=o.systems, **got,

@@ -52,6 +52,7 @@ def position_code(
     "Sines and cosines of column and row, CFLOW 1"
     omega = 1e4**(-4 * torch.arange(D // 4) / D) # (D/4,)
     def waves(n): # (D/2, n)
+        "Along one side"
         angle = omega[:, None] * torch.arange(n)
         return torch.stack([angle.sin(), angle.cos()], 1).flatten(0, 1)
     return torch.cat([waves(w)[:, None].expand(-1, h, -1), waves(h)[..., None].expand(-1, -1, w)])
@@ -120,6 +121,7 @@ def looks(
         maps = layer_maps(F, images, c, LAYERS)
         return lambda idx: [m[idx.to(m.device)] for m in maps]
     def turned(idx):
+        "Maps of images turned at random"
         angles = c.angle * (2 * torch.rand(len(idx), generator=generator) - 1)
         some = images[idx.to(images.device)]
         return layer_maps(F, torch.stack([rotate(x, a) for x, a in zip(some, angles.tolist(), strict=True)]), c, LAYERS)

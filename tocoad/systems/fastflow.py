@@ -42,6 +42,7 @@ def subnet(
 ): # (channels in, channels out) -> module
     "Two convolutions that say how one half of the channels moves the other"
     def make(i, o):
+        "Channels in, out"
         inside = max(1, int(i * hidden))
         return nn.Sequential(nn.Conv2d(i, inside, kernel, padding="same"), nn.ReLU(),
                              nn.Conv2d(inside, o, kernel, padding="same"))

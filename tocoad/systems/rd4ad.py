@@ -33,6 +33,7 @@ def first(
 ) -> nn.Module:
     "A residual block that changes channels and resolution"
     def turn(a, b, side): # channels in, out; side of the filter on the way down
+        "The convolution that changes the resolution"
         if up:
             return nn.ConvTranspose2d(a, b, 2, stride=2, bias=False)
         return nn.Conv2d(a, b, side, stride=2, padding=side // 2, bias=False)
