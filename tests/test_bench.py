@@ -207,12 +207,14 @@ def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
     for seconds in (1e-2, 5e-3):
         rates = [[s, c.backbone, arithmetic, c.size, "cuda", seconds] for s in STAGES]
         (tmp_path / "bench.json").write_text(json.dumps(dict(rates=rates)))
-        status, out, err = say(capsys, "reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--set",
-                               "textures=embedded", "--device", "cuda", "--dry-run", "--rates", tmp_path / "bench.json")
+        words = ("reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--set", "textures=embedded", "--device",
+                 "cuda", "--dry-run", "--rates", tmp_path / "bench.json", "--systems")
+        status, out, err = say(capsys, *words, "tocoad")
         assert (status, err) == (0, "")
         found = re.search(r"with all categories of the paper: about ([\d.]+) hours", out)
         hours.append(float(found[1]))
         assert "(from measured rates)" in out
+    assert "(partly from measured rates" in say(capsys, *words, "tocoad", "padim")[1]
     assert abs(hours[0] / hours[1] - 2) < .05, hours
     status, out, err = say(capsys, "reproduce", "table1", "--dry-run", "--rates", tmp_path / "nothing.json")
     assert (status, out, err.count("\n")) == (1, "", 1)
