@@ -207,8 +207,8 @@ def test_measured_rates_give_the_hours_of_a_plan(capsys, tmp_path):
     for seconds in (1e-2, 5e-3):
         rates = [[s, c.backbone, arithmetic, c.size, "cuda", seconds] for s in STAGES]
         (tmp_path / "bench.json").write_text(json.dumps(dict(rates=rates)))
-        words = ("reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--set", "textures=embedded", "--device",
-                 "cuda", "--dry-run", "--rates", tmp_path / "bench.json", "--systems")
+        words = ("reproduce", "table1", "--profile", "paper", "--root", tmp_path, "--set", "textures=embedded",
+                 "--device", "cuda", "--dry-run", "--rates", tmp_path / "bench.json", "--systems")
         status, out, err = say(capsys, *words, "tocoad")
         assert (status, err) == (0, "")
         found = re.search(r"with all categories of the paper: about ([\d.]+) hours", out)
