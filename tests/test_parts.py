@@ -174,12 +174,12 @@ def test_any_kind_of_picture_and_name(detector, parts, tmp_path):
         f.write((parts / "new/good 00.png").read_bytes())
     s = score(detector, parts, tmp_path / "out", maps=100, progress=False)
     table = rows(tmp_path / "out")
-    written = {"'" * n.startswith("=") + n for n in names} # a cell that begins so is a formula
-    assert (s.images, s.unreadable) == (26, 1) and {r["path"] for r in table} >= written | {"latin\\udce9.png"}
+    written = ["'" * n.startswith("=") + n for n in names] # a cell that begins so is a formula
+    assert (s.images, s.unreadable) == (26, 1) and {r["path"] for r in table} >= {*written, "latin\\udce9.png"}
     deep, = (r for r in table if r["path"] == "deep.png") # 16 bits, where the detector learnt from 8
     assert deep["score"] == "" and "more or fewer bits a channel than the good parts" in deep["note"]
     table.remove(deep)
-    same = [float(r["score"]) for r in table if r["path"] in list(names)[:5] + ["latin\\udce9.png", "new/good 00.png"]]
+    same = [float(r["score"]) for r in table if r["path"] in written[:5] + ["latin\\udce9.png", "new/good 00.png"]]
     assert len(same) == 7 and np.ptp(same) == 0
     maps = [r["heat_map"] for r in table]
     assert len(set(maps)) == 25
