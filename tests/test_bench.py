@@ -155,6 +155,7 @@ def code_of(name):
 def source(name): return "\n".join(code_of(name))
 
 
+@pytest.mark.slow
 def test_bench_runs_and_writes(capsys, tmp_path):
     words = ("--quick", "--device", "cpu", "--out", tmp_path, "--quiet")
     status, out, err = say(capsys, "bench", "memory", "metrics", "training", *words)

@@ -71,6 +71,7 @@ def test_the_row_says_what_became_of_its_training(there):
     assert all("oracle_image_auroc" in x["values"] for x in sheet["runs"] if x["row"] != "frozen F")
 
 
+@pytest.mark.slow
 def test_a_command_with_a_budget_goes_on_and_comes_to_the_same(there, tmp_path, capsys):
     root, o, whole = there
     words = [
