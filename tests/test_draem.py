@@ -151,36 +151,12 @@ def test_the_last_stage_gives_a_score_and_a_map_of_every_image(washer, fitted):
     assert 0 <= found["maps"].min() and found["maps"].max() <= 1
 
 
-def test_a_score_does_not_depend_on_the_other_test_images(washer, fitted):
-    together = scored(settings(), washer, fitted)
-    for i in (0, len(washer.test) - 1):
-        alone = scored(settings(), replace(washer, test=washer.test[i:i + 1]), fitted)
-        for k, v in alone.items():
-            np.testing.assert_allclose(v[0], together[k][i], rtol=1e-4, atol=1e-5)
-
-
-def test_a_seed_gives_the_same_bits_and_another_others(washer, fitted):
-    state = torch.get_rng_state()
-    again, other = (draem.fit(settings(seed=s), washer, [], {}, "cpu", False) for s in (0, 1))
-    assert same(fitted[1], again[1]) and not same(fitted[1], other[1])
-    assert torch.equal(state, torch.get_rng_state())
-
-
 @pytest.mark.parametrize("change", [
     dict(lr=1e-3), dict(batch=2), dict(gamma=0.), dict(scales=(4, 5)), dict(threshold=.2), dict(beta=0.),
     dict(clean=.9), dict(turns=1.), dict(angle=5., turns=1.)], ids=str)
 def test_every_setting_reaches_the_training(washer, fitted, change):
     base = draem.fit(settings(turns=1.), washer, [], {}, "cpu", False) if "angle" in change else fitted
     assert not same(base[1], draem.fit(settings(**change), washer, [], {}, "cpu", False)[1])
-
-
-def test_a_stage_is_given_what_it_reads(washer, fitted):
-    "With the settings that the entry names and no others, F's weights not among them"
-    c, stages = settings(), SYSTEMS["draem"].stages
-    given = {k: SimpleNamespace(**{f: getattr(c, f) for f in s.fields}) for k, s in stages.items()}
-    assert same(fitted[1], draem.fit(given["draem"], washer, [], {}, "cpu", False)[1])
-    assert same(scored(given["draem_scores"], washer, fitted), scored(c, washer, fitted))
-    assert not {"backbone", "weights", "norm"} & {f for s in stages.values() for f in s.fields}
 
 
 def test_a_loss_that_is_no_number_stops_with_a_sentence(washer):
@@ -198,3 +174,7 @@ def test_settings_are_the_papers_and_refuse_what_cannot_work(washer):
             draem.Settings(**bad)
     with pytest.raises(BadInput, match="textures=FOLDER"):
         draem.fit(settings(textures=None), washer, [], {}, "cpu", False)
+
+
+def test_it_never_sees_imagenet():
+    assert not {"backbone", "weights", "norm"} & {f for s in SYSTEMS["draem"].stages.values() for f in s.fields}

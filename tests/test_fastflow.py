@@ -2,7 +2,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,45 +147,12 @@ def test_trained_maps_are_likelier_than_others():
     assert M[truth].mean() > M[~truth].mean() + .02
 
 
-def test_the_last_stage_gives_a_score_and_a_map_of_every_image(washer, fitted):
-    image, M = fastflow.maps_of(scored(settings(), washer, fitted), settings())
-    assert image.shape == (len(washer.test),) and M.shape == (len(washer.test), 64, 64)
-    assert image.dtype == M.dtype == np.float32 and np.array_equal(image, M.max((1, 2)))
-    assert [e["epoch"] for e in fitted[0]["log"]] == [1, 2]
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_a_score_does_not_depend_on_the_other_test_images(washer, fitted, batch):
-    c = settings(batch=batch)
-    together = scored(c, washer, fitted)
-    for i in (0, len(washer.test) - 1):
-        alone = scored(c, replace(washer, test=washer.test[i:i + 1]), fitted)
-        for k, m in alone.items():
-            np.testing.assert_allclose(m[0], together[k][i], rtol=1e-3, atol=1e-5)
-
-
-def test_a_seed_gives_the_same_bits_and_another_others(washer, fitted):
-    again, other = (fastflow.fit(settings(seed=s), washer, [], {}, "cpu", False) for s in (0, 1))
-    assert same(fitted[1], again[1]) and not same(fitted[1], other[1])
-    state = torch.get_rng_state()
-    fastflow.levels_for(SHAPES, settings(seed=5))
-    assert torch.equal(state, torch.get_rng_state())
-
-
 @pytest.mark.parametrize("change", [dict(lr=1e-4), dict(decay=.1), dict(batch=4), dict(clamp=.1), dict(hidden=.5),
                                     dict(kernels="3x3"), dict(blocks=1), dict(epochs=1)], ids=str)
 def test_every_setting_reaches_the_training(washer, fitted, change):
     changed = fastflow.fit(settings(**change), washer, [], {}, "cpu", False)
     assert changed[1].keys() != fitted[1].keys() or any(
         a.shape != fitted[1][k].shape or not np.array_equal(a, fitted[1][k]) for k, a in changed[1].items())
-
-
-def test_a_stage_is_given_what_it_reads(washer, fitted):
-    "With the settings that the entry names and no others"
-    c, stages = settings(), SYSTEMS["fastflow"].stages
-    given = {k: SimpleNamespace(**{f: getattr(c, f) for f in s.fields}) for k, s in stages.items()}
-    assert same(fastflow.fit(given["fastflow"], washer, [], {}, "cpu", False)[1], fitted[1])
-    assert same(scored(given["fastflow_scores"], washer, fitted), scored(c, washer, fitted))
 
 
 def test_a_loss_that_is_no_number_stops_with_a_sentence(washer):

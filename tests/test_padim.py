@@ -128,14 +128,6 @@ def test_stages(drawn_set):
     assert np.array_equal(run(drawn_set, channels=20, image_score="patches")[0], distances.max((1, 2)))
 
 
-def test_a_score_depends_on_its_image_alone(drawn_set):
-    image, maps, _ = run(drawn_set, channels=20)
-    few = SimpleNamespace(train=drawn_set.train, test=SimpleNamespace(images=drawn_set.test.images[[3, 1]]))
-    alone = run(few, channels=20)
-    np.testing.assert_allclose(alone[0], image[[3, 1]], rtol=1e-5)
-    np.testing.assert_allclose(alone[1], maps[[3, 1]], rtol=1e-4)
-
-
 def test_a_trained_image_is_nearer_than_a_new_one(drawn_set):
     both = torch.cat([drawn_set.train.images[:2], drawn_set.test.images])
     known = run(SimpleNamespace(train=drawn_set.train, test=SimpleNamespace(images=both)), channels=50)[0]

@@ -117,11 +117,3 @@ def test_only_the_choice_of_the_memory_parts_them_in_profile_paper():
     fields = "patches", "dims", "coreset", "project", "starts", "sigma"
     assert [k for k in fields if getattr(paper, k) != getattr(ours, k)] == ["project", "starts"]
     assert SYSTEMS["patchcore"].stages["memory"] is SYSTEMS["frozen"].stages["memory"]
-
-
-def test_a_score_depends_on_its_image_alone(drawn_set):
-    image, maps, _ = run(drawn_set, b=5)
-    few = SimpleNamespace(train=drawn_set.train, test=SimpleNamespace(images=drawn_set.test.images[[3, 1]]))
-    alone = run(few, b=5)
-    np.testing.assert_allclose(alone[0], image[[3, 1]], rtol=1e-5)
-    np.testing.assert_allclose(alone[1], maps[[3, 1]], rtol=1e-4)

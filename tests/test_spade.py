@@ -100,14 +100,6 @@ def test_neighbours_are_read_not_computed():
     assert "neighbours" in does.reads and "neighbours" not in does.fields
 
 
-def test_a_score_depends_on_its_image_alone(drawn_set):
-    image, maps, _ = run(drawn_set, gallery=2)
-    few = SimpleNamespace(train=drawn_set.train, test=SimpleNamespace(images=drawn_set.test.images[[3, 1]]))
-    alone = run(few, gallery=2)
-    np.testing.assert_allclose(alone[0], image[[3, 1]], rtol=1e-5)
-    np.testing.assert_allclose(alone[1], maps[[3, 1]], rtol=1e-3, atol=1e-3)
-
-
 def test_a_known_image_is_found_again(drawn_set):
     both = torch.cat([drawn_set.train.images[2:3], drawn_set.test.images])
     image, maps, _ = run(SimpleNamespace(train=drawn_set.train, test=SimpleNamespace(images=both)), neighbours=1)
