@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from . import published
-from .published import label
-from .report import Results, frame_of, gain_text, lines, printed_metrics, side_by_side, training, value
+from .published import label, printed_metrics
+from .report import Results, frame_of, gain_text, lines, side_by_side, training, value
 
 # %% ../../nbs/paper/columns.ipynb #9921cfbc
 def _pair(texts):

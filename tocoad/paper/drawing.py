@@ -17,8 +17,8 @@ import numpy as np
 from ..data.errors import BadInput
 from ..files import whole
 from ..names import drawn
-from .published import label
-from .report import Results, gain, groups_of, lines, printed_metrics, shown
+from .published import label, printed_metrics
+from .report import Results, gain, groups_of, lines, shown
 from ..run.report import name_of
 
 # %% ../../nbs/paper/drawing.ipynb #e30d17fd

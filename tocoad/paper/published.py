@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'TEXTURES', 'OBJECTS', 'STATED', 'DEFAULT', 'table', 'members', 'Cell', 'cell', 'wide', 'label',
-           'printed', 'holds', 'elsewhere', 'recompute', 'averages', 'audit', 'counts', 'count_audit', 'configurations',
-           'Remark', 'Remarks', 'remarks']
+           'printed', 'printed_metrics', 'holds', 'elsewhere', 'recompute', 'averages', 'audit', 'counts',
+           'count_audit', 'configurations', 'Remark', 'Remarks', 'remarks']
 
 # %% ../../nbs/paper/published.ipynb #cf28f892
 from dataclasses import dataclass
@@ -128,11 +128,15 @@ def printed(n: int,         # the paper's table, 1-9
 # %% ../../nbs/paper/published.ipynb #4a49e7a0
 _HOLDS = {(1, m): ("pixel_auroc", "aupro") for m in ("RD4AD", "CFLOW-AD")} | {(3, "VT-ADL"): ("pixel_ap",)}
 
+def printed_metrics(n: int) -> list: # of table n, 1-3
+    "The metrics that a table prints"
+    return [m for m in ("image_auroc", "pixel_auroc") if m in set(table(n).metric)]
+
 def holds(
     n: int, method: str, category: str, # of a table, 1-3: a column and a row
 ) -> tuple: # of metrics
     "The metrics that a cell of Tables 1-3 holds, whatever its header says"
-    usual = tuple(m for m in ("image_auroc", "pixel_auroc") if m in set(table(n).metric))
+    usual = tuple(printed_metrics(n))
     kept = (n, method, category) == (1, "RD4AD", "total_avg") # the one cell of its column that is what it says
     return usual if kept else _HOLDS.get((n, method), usual)
 

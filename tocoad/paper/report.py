@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'ONE_SEED', 'COLUMNS', 'Results', 'groups_of', 'coverage', 'Value', 'value', 'training', 'finished',
-           'gain', 'gain_text', 'printed_metrics', 'frame_of', 'side_by_side', 'lines', 'shown', 'ablation',
-           'generator', 'notes', 'tidy', 'flat', 'write_table']
+           'gain', 'gain_text', 'frame_of', 'side_by_side', 'lines', 'shown', 'ablation', 'generator', 'notes', 'tidy',
+           'flat', 'write_table']
 
 # %% ../../nbs/paper/report.ipynb #acb7013e
 import re
@@ -152,10 +152,6 @@ def gain_text(r: Results, *pair) -> str: # pair: as for `finished`
     return "-" if d is None else interval(d.mean, d.low, d.high) + lack
 
 # %% ../../nbs/paper/report.ipynb #2b9c2859
-def printed_metrics(n: int) -> list: # of table n, 1-3
-    "The metrics that a table prints"
-    return [m for m in ("image_auroc", "pixel_auroc") if m in set(published.table(n).metric)]
-
 def frame_of(rows: dict, names=None) -> pd.DataFrame: # rows: (index) -> (column, what) -> text; names: of the index
     "A table of text; a dash where nothing is"
     f = pd.DataFrame(list(rows.values())).fillna("-")

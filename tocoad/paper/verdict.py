@@ -15,8 +15,8 @@ from scipy.stats import norm
 
 from ..measure.intervals import Interval
 from . import published
-from .published import label
-from .report import finished, gain, groups_of, printed_metrics
+from .published import label, printed_metrics
+from .report import finished, gain, groups_of
 from .rows import rows
 from ..run.report import interval
 

@@ -151,23 +151,6 @@ SYSTEMS["draem"] = System("DRAEM", {
     "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
                                                   smoke=_SMALL | dict(epochs=3)))
 
-# %% ../../nbs/systems/2_system.ipynb #2aef3c66
-def system_of(
-    c: Shared, # settings
-) -> System:
-    "The system that settings belong to"
-    return SYSTEMS["tocoad" if c.method in TRAINS and c.method != "frozen" else one_of(c.method, SYSTEMS, "a system")]
-
-# %% ../../nbs/systems/2_system.ipynb #2e57e785
-def departures(
-    c: Shared, # settings of a system
-) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
-    "What settings of its own differ from the published ones, which stand in brackets"
-    usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
-    if getattr(c, "textures", None) != "embedded": # where a folder lies is no departure
-        usual.pop("textures", None)
-    return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
-
 # %% ../../nbs/systems/2_system.ipynb #6f10a003
 SYSTEMS["fastflow"] = System("FastFlow", {
     "fastflow": Stage("systems.fastflow.fit", (*_F, "blocks", "kernels", "hidden", "clamp", "epochs", "batch", "lr",
@@ -186,3 +169,20 @@ SYSTEMS["cflow"] = System("CFLOW-AD", {
     "systems.cflow.Settings", (1, 2), profiles=dict(
         laptop=dict(epochs=3, lr=1e-3, angle=0.),
         **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))
+
+# %% ../../nbs/systems/2_system.ipynb #2aef3c66
+def system_of(
+    c: Shared, # settings
+) -> System:
+    "The system that settings belong to"
+    return SYSTEMS["tocoad" if c.method in TRAINS and c.method != "frozen" else one_of(c.method, SYSTEMS, "a system")]
+
+# %% ../../nbs/systems/2_system.ipynb #2e57e785
+def departures(
+    c: Shared, # settings of a system
+) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
+    "What settings of its own differ from the published ones, which stand in brackets"
+    usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
+    if getattr(c, "textures", None) != "embedded": # where a folder lies is no departure
+        usual.pop("textures", None)
+    return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
