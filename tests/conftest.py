@@ -1,5 +1,6 @@
 "Every test computes on one thread, and all share one store and one cache that are not the user's own."
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def shared(tmp_path_factory, worker_id):
                 done.touch()
         return folder
     return shared
+
+
+@pytest.fixture
+def browser():
+    "This machine's own Chromium, without a window; tests that look at pages are skipped where there is none"
+    names = os.environ.get("TOCOAD_BROWSER", "chromium"), "chromium-browser", "google-chrome"
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("no browser here; install Chromium, or set TOCOAD_BROWSER to one")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play: # for one test alone: its event loop would stand in a notebook's way
+        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def pytest_addoption(parser):
