@@ -8,6 +8,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from importlib.metadata import metadata
+from itertools import takewhile
 from pathlib import Path
 
 import matplotlib
@@ -139,6 +140,19 @@ def test_notebook_carries_one_clean_run(nb):
              if k.startswith("text")]
     assert not re.search(r"/(tmp|home|root|work|Users)/", "".join(map("".join, shown))), nb.name
     assert nb.stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("nb", ALL, ids=name)
+def test_every_picture_is_told_in_words(nb):
+    "At the top of the cell that draws, one line that quarto and nbdev read; no two the same in a notebook"
+    told = []
+    for c in json.loads(text(nb))["cells"]:
+        if any(k.startswith("image/") for o in c.get("outputs", []) for k in o.get("data", {})):
+            top = takewhile(lambda line: line.startswith("#|"), c["source"])
+            alt = [yaml.safe_load(line[2:])["fig-alt"] for line in top if line.startswith("#| fig-alt:")]
+            assert len(alt) == 1 and len(alt[0]) >= 40, f"{nb.name}, cell {c['id']}: say in `#| fig-alt:` what is seen"
+            told += alt
+    assert len(set(told)) == len(told), told
 
 
 def test_notebooks_for_papermill_take_parameters():
