@@ -11,7 +11,9 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cosine
 
 from tocoad.data.errors import BadInput
+from tocoad.data.images import crop
 from tocoad.data.load import load
+from tocoad.measure.metrics import auroc
 from tocoad.method.guard import Diverged
 from tocoad.systems import rd4ad
 from tocoad.systems.system import SYSTEMS, departures
@@ -133,3 +135,27 @@ def test_settings_are_the_papers_and_refuse_what_cannot_work():
     for bad in (dict(size=32), dict(epochs=0), dict(cosine="mean"), dict(betas=(.5, 1.)), dict(batch=1)):
         with pytest.raises(BadInput, match=next(iter(bad))):
             rd4ad.Settings(**bad)
+
+
+@pytest.mark.slow
+def test_uneven_tiles_are_ordinary_by_direction_and_not_by_length(real):
+    "Why RD4AD misses them: no student is trained here, and the cosine to the mean of normal vectors misses them too"
+    tiles = load(real, None, "magnetic_tile")
+    c = settings(norm="own", resize=256, size=224)
+    F, of = rd4ad.extractor(c), tiles.test
+    chosen = [i for kind in ("uneven", "good") for i in [i for i, d in enumerate(of.defects) if d == kind][::3]]
+    normal = rd4ad.layer_maps(F, tiles.train.images[:100], c)
+    shown = rd4ad.layer_maps(F, of.images[chosen], c)
+    truth = crop(of.masks[chosen], 224).numpy() > 0
+    good = np.array([of.defects[i] == "good" for i in chosen])
+
+    def told(m): # (N, h, w): AUROC of uneven pixels against normal images' pixels
+        m = rd4ad.anomaly_map([m], 224, 4.).numpy()
+        ours, normal = m[~good][truth[~good]], m[good].ravel()
+        return auroc(np.r_[np.ones(len(ours)), np.zeros(len(normal))], np.r_[ours, normal])
+
+    means = [m.mean((0, 2, 3), keepdim=True).expand_as(s) for m, s in zip(normal, shown, strict=True)]
+    direction = [told(rd4ad.place_distance(s, m)) for s, m in zip(shown, means, strict=True)]
+    length = [told(s.norm(dim=1)) for s in shown]
+    assert min(length) > .65 and direction[0] < .5 and direction[1] < .55
+    assert all(a > b + .05 for a, b in zip(length, direction, strict=True))

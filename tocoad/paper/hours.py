@@ -36,10 +36,11 @@ def images_in(
     return int(c["count"].sum())
 
 def _work(does, c, n):
-    "Images that a stage passes through F, training passes counted by their cost"
+    "Images that a stage passes through its nets, training passes counted by their cost"
     many, _, few = does.epochs.partition("/")
     epochs = getattr(c, many) if many else 1
-    return n * does.work * (epochs // (getattr(c, few) or 1) if few else epochs)
+    narrow = c.width**2 if does.gflop else 1
+    return n * does.work * narrow * (epochs // (getattr(c, few) or 1) if few else epochs)
 
 # %% ../../nbs/paper/hours.ipynb #c9133d38
 def _rate_of(stage, c, kind):
@@ -53,8 +54,9 @@ def estimate(
     device: str = "cpu", # kind
 ) -> float: # seconds
     "How long some stages will take"
-    counted = lambda c: GFLOP.get(c.backbone, 10) * (c.size / 224)**2 / ASSUMED[device]
-    per = lambda t: (rates or {}).get(_rate_of(t.stage, t.cfg, device), counted(t.cfg))
+    net = lambda t: t.does.gflop or GFLOP.get(t.cfg.backbone, 10)
+    counted = lambda t: net(t) * (t.cfg.size / 224)**2 / ASSUMED[device]
+    per = lambda t: (rates or {}).get(_rate_of(t.stage, t.cfg, device), counted(t))
     return sum(per(t) * _work(t.does, t.cfg, n) for t in tasks)
 
 # %% ../../nbs/paper/hours.ipynb #5ccfb935

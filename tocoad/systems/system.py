@@ -24,6 +24,7 @@ class Stage:
     needs: tuple = () # stages before it, as far as they are there
     work: float = 1. # rough cost of one image and epoch in forward passes of F
     epochs: str = "" # the setting that counts its epochs, or "a/b"
+    gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, `width` 1
     reader: str | Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
     reads: tuple = () # settings that the reader is given
     judges: bool = False # is given image scores and maps, and nothing else, of the stages before it
@@ -146,8 +147,8 @@ _DRAEM = "precision", "compile", "size", "seed", "width", "batch"
 _SMALL = dict(width=1 / 16, lr=1e-3, textures="embedded")
 SYSTEMS["draem"] = System("DRAEM", {
     "draem": Stage("systems.draem.fit", (*_DRAEM, "epochs", "lr", "gamma", "textures", "scales", "threshold", "beta",
-                                         "clean", "turns", "angle"), work=40., epochs="epochs"),
-    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), work=13.)},
+                                         "clean", "turns", "angle"), work=3., epochs="epochs", gflop=303.),
+    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), gflop=303.)},
     "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
                                                   smoke=_SMALL | dict(epochs=3)))
 
