@@ -1290,6 +1290,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body if how in ("whole", "no length") else body[: len(body) // 3])
             self.wfile.flush()
         if how == "stalls":
+            self.stalled.set()
             self.stop.wait(30)
 
 
@@ -1299,7 +1300,7 @@ def server(monkeypatch):
     handler = type(
         "Handler",
         (Server,),
-        dict(stop=threading.Event(), body=zipped(("big", np.random.default_rng(0).bytes(300_000)))),
+        dict(stop=threading.Event(), stalled=threading.Event(), body=zipped(("big", np.random.default_rng(0).bytes(300_000)))),
     )
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     s.daemon_threads = True
@@ -1933,10 +1934,8 @@ def test_stopped_while_it_downloads(place, server):
     "Ctrl-C: one line, status 130, and nothing is left"
     place.at["url"], server.how = server.url, "stalls"
     before, p = place.photograph(), start(place, FETCH)
-    for _ in range(600):
-        if any(q.is_file() and q.stat().st_size for q in place.out.iterdir()):
-            break
-        time.sleep(0.05)
+    assert server.stalled.wait(30)
+    assert any(place.out.rglob("*")), "the file that is being written lies there"
     p.send_signal(signal.SIGINT)
     ends(place, p, 130, ["stopped"], before=before)
 
