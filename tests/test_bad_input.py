@@ -1300,7 +1300,11 @@ def server(monkeypatch):
     handler = type(
         "Handler",
         (Server,),
-        dict(stop=threading.Event(), stalled=threading.Event(), body=zipped(("big", np.random.default_rng(0).bytes(300_000)))),
+        dict(
+            stop=threading.Event(),
+            stalled=threading.Event(),
+            body=zipped(("big", np.random.default_rng(0).bytes(300_000))),
+        ),
     )
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     s.daemon_threads = True
