@@ -145,10 +145,11 @@ SYSTEMS["rd4ad"] = System("RD4AD", {
 # %% ../../nbs/systems/2_system.ipynb #4d2a0007
 _DRAEM = "precision", "compile", "size", "seed", "width", "batch"
 _SMALL = dict(width=1 / 16, lr=1e-3, textures="embedded")
+_UNETS = 396 * (224 / 256)**2 # GFLOP
 SYSTEMS["draem"] = System("DRAEM", {
     "draem": Stage("systems.draem.fit", (*_DRAEM, "epochs", "lr", "gamma", "textures", "scales", "threshold", "beta",
-                                         "clean", "turns", "angle"), work=3., epochs="epochs", gflop=303.),
-    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), gflop=303.)},
+                                         "clean", "turns", "angle"), work=3., epochs="epochs", gflop=_UNETS),
+    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), gflop=_UNETS)},
     "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
                                                   smoke=_SMALL | dict(epochs=3)))
 
