@@ -47,7 +47,9 @@ def picture(a, kind: str = "png") -> str: # uint8 (H, W), (H, W, 3) or (H, W, 4)
 # %% ../../nbs/site/interactive.ipynb #8195d283
 THRESHOLDS = torch.tensor([k / 100 for k in range(-100, 101)])
 
-def seeded(seed: int): return torch.Generator().manual_seed(seed)
+def seeded(seed: int):
+    "A generator of random numbers on the CPU"
+    return torch.Generator().manual_seed(seed)
 
 def perlin_data(size: int = 128, scales: int = 6, draws: int = 3) -> dict: # side, pixels; 2**k cells; noises a scale
     "A washer, a texture and the noises: bytes, compressed, in this order"
