@@ -187,6 +187,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tocoad.data.sets': { 'tocoad.data.sets.DataSet': ('data/sets.html#dataset', 'tocoad/data/sets.py'),
                                   'tocoad.data.sets._counted': ('data/sets.html#_counted', 'tocoad/data/sets.py'),
                                   'tocoad.data.sets.counts': ('data/sets.html#counts', 'tocoad/data/sets.py'),
+                                  'tocoad.data.sets.made_of': ('data/sets.html#made_of', 'tocoad/data/sets.py'),
                                   'tocoad.data.sets.tally': ('data/sets.html#tally', 'tocoad/data/sets.py'),
                                   'tocoad.data.sets.title': ('data/sets.html#title', 'tocoad/data/sets.py')},
             'tocoad.data.trees': { 'tocoad.data.trees.File': ('data/trees.html#file', 'tocoad/data/trees.py'),

@@ -29,7 +29,7 @@ def _intervals(ax, series, labels):
         d = np.array([(labels.index(l), d.mean, d.low, d.high) for l, d in points.items() if d is not None])
         y, mean, low, high = d.reshape(-1, 4).T
         ax.errorbar(mean, y + .7 * ((k + .5) / len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
-                    fmt="o", ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
+                    fmt="osD^vP*X"[k % 8], ms=4, lw=1.4, capsize=2, color=f"C{k}", label=what)
     ax.grid(axis="x", alpha=.25)
     ax.spines[["top", "right", "left"]].set_visible(False)
 

@@ -74,7 +74,9 @@ def forest(r: Results, base: str = "frozen F"): # matplotlib figure
     named = lambda x, row: f"{row}, {x.sheet['profile']}" if r.beside else row
     each = [(x, y) for x in (r, *r.beside) for y in x.rows if y != base]
     points = lambda m: {named(x, y): differences(x, y, m).get(base, {}) for x, y in each}
-    return drawing.forest({NAMES[m]: points(m) for m in METRICS}, r.heading())
+    fig = drawing.forest({NAMES[m]: points(m) for m in METRICS}, r.heading())
+    fig.get_layout_engine().set(wspace=.06)
+    return fig
 
 def tidy(r: Results) -> pd.DataFrame: # profile, set, row, metric, mean, std, seeds, base, gain, low, high; per cent
     "All numbers of a panel in long form"

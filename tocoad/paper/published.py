@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.errors import BadInput, one_of
+from ..data.sets import made_of, title
 
 # %% ../../nbs/paper/published.ipynb #58fbd9ec
 @cache
@@ -101,8 +102,7 @@ def wide(n: int,          # the paper's table, 1-9
 
 # %% ../../nbs/paper/published.ipynb #a8b3bf57
 _LABELS = dict(image_auroc="I-AUROC (%)", pixel_auroc="P-AUROC (%)", lam="λ", ncl="NCL", dnp="DNP",
-               cl_method="CL method", concat="Concatenation", mvtec_ad="MVTec AD", visa="VisA", btad="BTAD",
-               mvtec_ad_2="MVTec AD 2", kolektor_sdd="KolektorSDD", dtd="Describable Textures (DTD)",
+               cl_method="CL method", concat="Concatenation",
                texture_avg="Texture avg.", object_avg="Object avg.", total_avg="Total avg.",
                **{f"pcb{i}": f"PCB{i}" for i in range(1, 5)})
 
@@ -112,7 +112,8 @@ def label(x, # a category, method, metric, factor or its value
     "A name as the paper writes it"
     if isinstance(x, bool | np.bool_):
         return "✓" if x else "×"
-    return _LABELS.get(x, str(x)[:1].upper() + str(x)[1:].replace("_", " "))
+    name = str(x)
+    return _LABELS.get(x, title(name) if made_of(name) else name[:1].upper() + name[1:].replace("_", " "))
 
 # %% ../../nbs/paper/published.ipynb #c1f10772
 def printed(n: int,         # the paper's table, 1-9
