@@ -1488,7 +1488,7 @@ MODELS = [  # what, model file -> content
     ("a newer version", lambda m: remade(m, meta=lambda x: x.update(version="2"))),
     ("no facts", lambda m: remade(m, meta=lambda x: x.pop("about"))),
     ("other facts", lambda m: remade(m, meta=lambda x: x.update(about=x["about"].replace("smoke", "paper")))),
-    ("a tensor renamed", lambda m: remade(m, lambda t: t.update(band=t.pop("bank")))),
+    ("a tensor renamed", lambda m: remade(m, lambda t: t.update({"memory/band": t.pop("memory/bank")}))),
     ("no tensors", lambda m: remade(m, lambda t: t.clear())),
     ("other numbers", lambda m: remade(m, lambda t: t["held"].mul_(2))),
 ]

@@ -123,7 +123,7 @@ def test_mistakes(capsys, root, tmp_path, status, words, says):
 @pytest.mark.parametrize("words,says", [
     (["walk"], "walk"), (["run", "--seeds", "x"], "--seeds"), (["score", "--model", "m"], "--images, --out"),
     (["score", "--model", "m", "--images", "i", "--out", "o", "--maps", "one"], "invalid int value"),
-    (["data"], "ACTION"), (["fit", "--good", "g", "--model", "m", "--stages", "one"], "'none', 'both'")])
+    (["data"], "ACTION"), (["fit", "--good", "g", "--model", "m", "--export", "tflite"], "'onnx'")])
 def test_wrong_words(capsys, words, says):
     "What the parser finds is one sentence too"
     with pytest.raises(SystemExit) as e:

@@ -69,7 +69,7 @@ def test_the_command_ends_in_a_sentence(place, tmp_path, monkeypatch, capsys):
 def test_own_parts_end_in_a_sentence_too(tmp_path, monkeypatch, capsys):
     for k in range(6):
         toys.save(tmp_path / f"good/{k}.png", toys.noise(k))
-    monkeypatch.setattr("tocoad.parts.fit.coreset", short(RuntimeError(CPU)))
+    monkeypatch.setattr("tocoad.systems.tocoad.coreset", short(RuntimeError(CPU)))
     words = ["fit", "--good", tmp_path / "good", "--model", tmp_path / "m.safetensors", "--quiet", "--set", "size=32"]
     assert cli.main([*map(str, words)]) == 1
     assert capsys.readouterr().err.startswith("tocoad: memory ran out; lower batch, size or coreset with --set")

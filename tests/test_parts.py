@@ -16,6 +16,7 @@ from PIL import Image
 
 from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
+from tocoad.method.memory import anomaly_maps
 from tocoad.parts.export import export_onnx, load, save
 from tocoad.parts.fit import LEAST, Detector, decoded, fit, hash_order, rank
 from tocoad.parts.score import MARK, Summary, results, score, scored
@@ -35,6 +36,9 @@ def lay_out(folder, n, start=0, defect="good", category="washer"):
 def rows(out):
     with open(out / "scores.csv", newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
+
+
+def bank(d): return d.state["memory"][1]["bank"]
 
 
 def scores(out): return {r["path"]: float(r["score"]) for r in rows(out) if r["score"]}
@@ -83,7 +87,7 @@ def test_missing_parts_come_first(detector, shop, tmp_path):
 
 def test_a_fit_repeats(shop, detector):
     again = fit(shop / "good", CFG, progress=False)
-    assert torch.equal(again.memory.bank, detector.memory.bank) and torch.equal(again.held, detector.held)
+    assert np.array_equal(bank(again), bank(detector)) and torch.equal(again.held, detector.held)
     same = lambda d: {k: v for k, v in d.about.items() if k not in ("seconds", "written")}
     assert same(again) == same(detector)
     other = fit(shop / "good", CFG.replace(seed=1), progress=False)
@@ -92,8 +96,8 @@ def test_a_fit_repeats(shop, detector):
 
 def test_both_stages_and_the_file(shop, detector, tmp_path):
     "A tuned F travels in the file and gives the same scores without any weights at hand"
-    both = fit(shop / "good", CFG.replace(epochs1=1, epochs2=1, batch=8), "both", quantile=.5, progress=False)
-    assert both.about["stages"] == "both" and both.cfg.method == "two_stage" and both.about["rank"] == 3
+    both = fit(shop / "good", CFG.replace(epochs1=1, epochs2=1, batch=8), "tocoad", quantile=.5, progress=False)
+    assert both.cfg.method == "two_stage" and both.about["rank"] == 3
     frozen, tuned = detector.F.state_dict(), both.F.state_dict()
     assert any(not torch.equal(frozen[k], tuned[k]) for k in tuned)
     path = save(both, tmp_path / "new/model.safetensors")
@@ -103,18 +107,18 @@ def test_both_stages_and_the_file(shop, detector, tmp_path):
     for d, name in ((both, "a"), (back, "b")):
         score(d, shop / "parts", tmp_path / name, maps=2, progress=False)
     assert (tmp_path / "a/scores.csv").read_bytes() == (tmp_path / "b/scores.csv").read_bytes()
-    assert back.about == json.loads(json.dumps(both.about)) and "tuned by both stages" in back.text()
+    assert back.about == json.loads(json.dumps(both.about)) and "system        ToCoAD" in back.text()
 
 
 def test_held_out_parts_are_neither_trained_on_nor_stored(shop, monkeypatch):
     from tocoad.parts import fit as room
-    whole, seen = room.train, []
-    monkeypatch.setattr(room, "train", lambda cfg, images, *a: seen.append(images) or whole(cfg, images, *a))
+    whole, seen = room.learn, []
+    monkeypatch.setattr(room, "learn", lambda cfg, images, *a: seen.append(images) or whole(cfg, images, *a))
     d = fit(shop / "good", CFG.replace(coreset=1.), held_out=.5, progress=False)
     everything, names, _, _ = room.read_good(shop / "good", SIZE)
-    assert torch.equal(seen[0], everything[12:]) and len(d.memory) == 12 * 64
+    assert torch.equal(seen[0], everything[12:]) and len(bank(d)) == 12 * 64
     assert set(d.about["highest"]) <= set(names[:12])
-    inside, held = (d.patch_scores(x).flatten(1).amax(1) for x in (everything[12:], everything[:12]))
+    inside, held = (d(x)[0] for x in (everything[12:], everything[:12]))
     assert inside.max() < 1e-3 * held.min() and torch.allclose(held.sort().values, d.held, rtol=1e-4)
 
 
@@ -227,11 +231,11 @@ def test_an_interrupted_run_leaves_the_old_results(detector, parts, tmp_path, mo
         calls.append(len(x))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return torch.zeros(len(x), 8, 8)
+        return torch.zeros(len(x), 1 + SIZE * SIZE)
     def full(*a): raise OSError(28, "No space left on device")
     def interrupted():
         with monkeypatch.context() as m:
-            m.setattr(Detector, "patch_scores", stop)
+            m.setattr(Detector, "rows", stop)
             with pytest.raises(KeyboardInterrupt):
                 score(detector, parts, out, batch=2, progress=False)
     interrupted()
@@ -295,14 +299,14 @@ def test_two_runs_at_once(detector, parts, tmp_path, monkeypatch):
 
 
 def test_memory_running_out_halves_the_batch(detector, parts, tmp_path, monkeypatch, caplog):
-    whole, tried = Detector.patch_scores, []
+    whole, tried = Detector.rows, []
     def small(self, x):
         tried.append(len(x))
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, x)
     score(detector, parts, tmp_path / "a", maps=0, progress=False)
-    monkeypatch.setattr(Detector, "patch_scores", small)
+    monkeypatch.setattr(Detector, "rows", small)
     score(detector, parts, tmp_path / "b", maps=0, batch=8, progress=False)
     assert np.allclose(list(scores(tmp_path / "a").values()), list(scores(tmp_path / "b").values()), rtol=1e-5)
     assert tried[:3] == [8, 4, 2] and 4 not in tried[3:] and 8 not in tried[3:]
@@ -321,7 +325,7 @@ def test_memory_does_not_grow(shop):
     def stream(n):
         "Rows of n images"
         items = decoded((str(i) for i in range(n)), lambda i: pixels[int(i) % 16].copy())
-        return scored(items, d.patch_scores, 64)
+        return scored(items, d.rows, 64)
     stream(600)
     before, start = rss(), time.process_time()
     assert len(stream(4000)) == 4000
@@ -363,7 +367,7 @@ def test_mistakes_are_one_sentence(detector, shop, tmp_path):
     mistakes = {
         "there is no folder": lambda: fit(tmp_path / "none", CFG),
         "holds 4 images": lambda: fit(tmp_path / "four", CFG),
-        "stages cannot be": lambda: fit(good, CFG, "one"),
+        "the system cannot be": lambda: fit(good, CFG, "one"),
         "quantile is 1.5": lambda: fit(good, CFG, quantile=1.5),
         "held_out is 0": lambda: fit(good, CFG, held_out=0),
         "no device": lambda: fit(good, CFG, device="abacus"),
@@ -409,11 +413,13 @@ def test_onnx_equals_torch(shop, tmp_path, change):
     for images in (x, x[:1]):
         patches = first.run(None, {"images": images.numpy() / np.float32(255)})[0]
         s, top = second.run(None, {"patches": patches})
-        want = d.patch_scores(images).flatten(1)
-        torch.testing.assert_close(torch.from_numpy(s), want, rtol=1e-4, atol=1e-4 * float(want.max()))
-        torch.testing.assert_close(torch.from_numpy(top), want.amax(1), rtol=1e-4, atol=0)
-    bank = d.memory.bank[None, :64] + torch.tensor([0., 1e-3])[:, None, None]
-    s, near = second.run(None, {"patches": bank.numpy()})[0], (bank[1] - d.memory.bank[:64]).norm(dim=1)
+        want, maps = d(images)
+        drawn = anomaly_maps(torch.from_numpy(s), (8, 8), SIZE, d.cfg.sigma)
+        torch.testing.assert_close(drawn, maps, rtol=1e-4, atol=1e-4 * float(want.max()))
+        torch.testing.assert_close(torch.from_numpy(top), want, rtol=1e-4, atol=0)
+    kept = torch.from_numpy(bank(d)[:64])
+    close = kept[None] + torch.tensor([0., 1e-3])[:, None, None]
+    s, near = second.run(None, {"patches": close.numpy()})[0], (close[1] - kept).norm(dim=1)
     assert np.abs(s[0]).max() == 0 and ("b" in change or np.allclose(s[1], near, rtol=1e-4))
 
 
@@ -443,7 +449,8 @@ def test_a_share_or_number_that_is_none_is_named(shop, wrong):
 @pytest.mark.parametrize("score_of_all", [0., float("nan"), float("inf")])
 def test_a_threshold_without_meaning_is_refused(shop, tmp_path, monkeypatch, score_of_all):
     "Scores of constant images may all be 0; nothing can be so many times 0"
-    monkeypatch.setattr(Detector, "patch_scores", lambda self, images: torch.full((len(images), 4, 4), score_of_all))
+    row = torch.full((1, 1 + SIZE * SIZE), score_of_all)
+    monkeypatch.setattr(Detector, "rows", lambda self, images: row.expand(len(images), -1))
     with pytest.raises(BadInput, match="the threshold of 5 .* would be .*: give good images that differ"):
         fit(shop / "good", CFG, progress=False)
 
@@ -471,4 +478,4 @@ def test_constant_images_are_fitted_or_refused(tmp_path):
     with pytest.raises(BadInput, match="the memory holds one patch"):
         fit(tmp_path, CFG.replace(scorer="paper", coreset=1e-6), progress=False)
     with pytest.raises(BadInput, match="G called 0 of [0-9]+ pixels anomalous"):
-        fit(tmp_path, CFG.replace(generator="cutpaste", jitter=0., epochs1=1), "both", progress=False)
+        fit(tmp_path, CFG.replace(generator="cutpaste", jitter=0., epochs1=1), "tocoad", progress=False)

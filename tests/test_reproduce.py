@@ -471,7 +471,7 @@ def test_dry_run_counts_what_is_shared(say, tmp_path):
         (["reproduce", "table5", "--profile", "smoke", "literal"], 2, "textures=embedded"),
         (["run", "--profile", "literal"], 2, "name the folder as textures=FOLDER"),
         (
-            ["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--profile", "paper", "--stages", "both"],
+            ["fit", "--good", "{tmp}", "--model", "{tmp}/m", "--profile", "paper", "--system", "tocoad"],
             2,
             "name the folder as textures=FOLDER",
         ),

@@ -179,38 +179,45 @@ def data_write(
 def fit(
     *, good: Path, # folder of good images, searched with its sub-folders
     model: Path, # file to write, such as parts.safetensors
+    system: str = "frozen", # what learns: frozen (F as it is), tocoad (F tuned by both stages), padim, rd4ad, ...
     profile: Profile = "laptop", # where the settings come from
-    stages: Literal["none", "both"] = "none", # none: frozen features; both: tuned by the paper's two stages
     seed: int = 0, # of the order of images, and of the training
     quantile: float = .95, # share of held-out good images that the threshold lets pass
     most: int = 2000, # good images used at most
-    export: Literal["onnx"] = None, # write features and scorer as ONNX files too
+    export: Literal["onnx"] = None, # write features and scorer as ONNX files too: frozen, tocoad and patchcore
     set_: list[str] = (), device: str = None, quiet: bool = False,
 ):
     "Learn from a folder of good parts"
     from tocoad.parts import export as files
     from tocoad.parts import fit as room
     with wrong_command():
-        cfg = room.own(settle_own(profile, seed, set_), good, stages, quantile, most=most)
+        cfg = room.own(settle_own(system, profile, seed, set_), good, system, quantile, most=most)
+        if export:
+            files.ask_for_onnx(cfg) # what is missing is said before the work
     writable(model.parent, "--model")
-    if export:
-        files.ask_for_onnx() # what is missing is said before the work
-    d = room.fit(good, cfg, stages, quantile, most=most, device=device, progress=not quiet)
+    d = room.fit(good, cfg, system, quantile, most=most, device=device, progress=not quiet)
     written = [files.save(d, model), *(files.export_onnx(d, model.with_suffix("")) if export else ())]
     tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
 # %% ../nbs/cli.ipynb #fae1a3cb
-def settle_own(profile="laptop", seed=0, set_=()): # options of `fit`
-    "The `Config` that the options of `fit` describe; BadInput if they do not fit"
-    from tocoad.run.config import config, settings
-    changes = settings(set_)
-    if other := next((s for s in set_ if "." in s.partition("=")[0]), None):
-        raise BadInput(f"--set {other}: own parts are fitted by ToCoAD; leave the settings of other systems out.")
-    fixed = {"profile", "seed", "method", "dataset", "category", "shorter", "mask", "curve", "image_score"}
+def settle_own(system="frozen", profile="laptop", seed=0, set_=()): # options of `fit`
+    "The settings that the options of `fit` describe; BadInput if they do not fit"
+    from tocoad.run.config import check_settings, config, settings, settings_of
+    from tocoad.systems.settings import Shared, kinds
+    from tocoad.systems.system import SYSTEMS
+    changes, s = settings(set_), SYSTEMS[one_of(system, SYSTEMS, "--system")]
+    fixed = {"profile", "seed", "method", "dataset", "category", "shorter", "mask", "curve"}
     if fixed := fixed & set(changes):
-        raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --stages; own parts have no data set, and "
-                       "are squeezed to a square and judged by their worst patch.")
-    return config(profile, **changes, seed=seed)
+        raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --system; own parts have no data set, and "
+                       "are squeezed to a square.")
+    cfg = config(profile, **changes, seed=seed)
+    check_settings(set_, cfg)
+    known = kinds(Shared if s.kind is not type(cfg) else s.kind).keys() | {"textures"}
+    for pair in set_:
+        owner, _, key = pair.partition("=")[0].strip().rpartition(".")
+        if owner != system if owner else key not in known:
+            raise BadInput(f"--set {pair}: {s.name} has no such setting; its own are written {system}.NAME=...")
+    return cfg if s.kind is type(cfg) else settings_of(system, cfg, set_)
 
 # %% ../nbs/cli.ipynb #974d2449
 def score(

@@ -22,21 +22,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from ..data.errors import BadInput
+from ..data.errors import BadInput, one_of
 from ..files import whole
 from ..method.features import Features
 from ..method.memory import Memory, patch_features
 from .fit import Detector
 from ..run.compare import find_device
-from ..systems.settings import Config
+from ..systems.learned import last_of
+from ..systems.system import SYSTEMS, TRAINS, system_of
 
 # %% ../../nbs/parts/3_export.ipynb #eff9a71b
 KIND = dict(format="tocoad-detector", version="1")
 
 def _content(about, tensors):
     "Hash of all that a file says"
-    parts = [about.encode(), *(x for k, v in sorted(tensors.items()) for x in (k.encode(), v.numpy().tobytes()))]
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+    said = hashlib.blake2b(about.encode(), digest_size=16)
+    for k, v in sorted(tensors.items()):
+        said.update(k.encode() + v.numpy().tobytes())
+    return said.hexdigest()
 
 def save(
     detector: Detector, path, # and the model file; an older detector there is replaced
@@ -47,9 +50,9 @@ def save(
         kind = (f.metadata() or {}).get("format")
     if path.exists() and kind != KIND["format"]:
         raise BadInput(f"{path} exists and is no detector of tocoad: give another name, or move it away")
-    state = {f"F.{k}": v for k, v in detector.F.state_dict().items()}
-    state |= dict(bank=detector.memory.bank, held=detector.held)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    state = {f"F.{k}": v for k, v in detector.F.state_dict().items()} if detector.F else {}
+    state |= {f"{n}/{k}": torch.from_numpy(v) for n, (_, a) in detector.state.items() for k, v in a.items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in (state | dict(held=detector.held)).items()}
     about = json.dumps(dict(config=asdict(detector.cfg), **detector.about))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,20 +73,27 @@ def load(
     try:
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-        if not KIND.items() <= meta.items() or meta["content"] != _content(meta["about"], tensors):
+        about, same = json.loads(meta["about"]), meta["content"] == _content(meta["about"], tensors)
+        if not (KIND.items() <= meta.items() and same and 0 < about["threshold"] < math.inf):
             raise ValueError
-        about = json.loads(meta["about"])
-        if not 0 < about["threshold"] < math.inf:
-            raise ValueError
-        cfg = Config(**about.pop("config"))
+        config = about.pop("config")
+        if "learned" not in about:
+            about["learned"] = dict(memory={k: about["images"][k] for k in ("patches", "kept")})
+            config["image_score"], tensors["memory/bank"] = "patches", tensors.pop("bank")
+        system = "tocoad" if config["method"] in TRAINS else config["method"]
+        cfg = SYSTEMS[system].kind(**config) if system in SYSTEMS else None
     except (SafetensorError, KeyError, TypeError, ValueError): # TypeError: a setting that is not known here
         raise BadInput(f"{path} is no detector of version {KIND['version']}, or was cut off or damaged: "
                        "give the safetensors file that `tocoad fit` wrote, or fit anew") from None
-    bank, held = tensors.pop("bank"), tensors.pop("held")
-    F = Features(cfg.backbone, "random", cfg.norm).eval()
-    F.load_state_dict({k.removeprefix("F."): v for k, v in tensors.items()})
-    F.weights_hash = about["weights"]
-    return Detector(F.to(device), Memory(bank.to(device), total=about["images"]["patches"]), cfg, held, about)
+    one_of(system, SYSTEMS, f"the system of {path}")
+    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    arrays = lambda stage: {k: v.numpy() for k, v in part(f"{stage}/").items()}
+    state, F = {n: (about["learned"].get(n, {}), arrays(n)) for n in last_of(cfg).needs}, None
+    if about["weights"]:
+        F = Features(cfg.backbone, "random", cfg.norm).to(device).eval().requires_grad_(False)
+        F.load_state_dict(part("F."))
+        F.weights_hash = about["weights"]
+    return Detector(F, state, cfg, tensors["held"], about, device)
 
 # %% ../../nbs/parts/3_export.ipynb #10fab576
 class ToPatches(nn.Module):
@@ -101,8 +111,9 @@ class ToScores(nn.Module):
     "Patches (B, P, d) to patch scores (B, P) and image scores (B,), Eq. 8 or 9"
     def __init__(self, detector, k=4): # candidates whose distance is computed exactly
         super().__init__()
-        bank, c = detector.memory.bank.cpu(), detector.cfg
-        near, centred = Memory(bank).neighbours(c.b) if c.scorer == "paper" else None, bank - bank.mean(0)
+        bank, c = torch.from_numpy(detector.state["memory"][1]["bank"]), detector.cfg
+        near = Memory(bank).neighbours(c.b) if getattr(c, "scorer", "plain") == "paper" else None
+        centred = bank - bank.mean(0)
         self.k = min(k, len(bank))
         for name, t in dict(bank=bank, mu=bank.mean(0), c=centred, sq=centred.square().sum(1), near=near).items():
             self.register_buffer(name, t)
@@ -120,8 +131,12 @@ class ToScores(nn.Module):
         return (s := s.unflatten(0, patches.shape[:2])), s.amax(1)
 
 # %% ../../nbs/parts/3_export.ipynb #39cf096d
-def ask_for_onnx():
-    "BadInput if a package for exporting is missing"
+def ask_for_onnx(c): # settings of a detector
+    "BadInput if the detector has no such form, or a package for exporting is missing"
+    worst = c.image_score == "patches" if hasattr(c, "image_score") else getattr(c, "b", 1) == 1 # of the patches
+    if "memory" not in last_of(c).does.needs or not worst:
+        raise BadInput(f"{system_of(c).name} as it is set has no ONNX form, which needs a memory of patches and image "
+                       "scores that are the worst patch's: leave the export out, or take frozen, tocoad or patchcore")
     if missing := [p for p in ("onnx", "onnxscript") if find_spec(p) is None]:
         raise BadInput(f"exporting needs the package {missing[0]}: pip install tocoad[onnx]")
 
@@ -130,7 +145,7 @@ def export_onnx(
     detector: Detector, folder, # and where the two files go
 ) -> tuple: # their paths
     "The detector as two ONNX files: images to patches, patches to scores"
-    ask_for_onnx()
+    ask_for_onnx(detector.cfg)
     folder, size, files = Path(folder), detector.cfg.size, []
     folder.mkdir(parents=True, exist_ok=True)
     about = dict(KIND, threshold=str(detector.threshold), size=str(size), input="RGB in [0, 1], size x size")

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -27,16 +28,15 @@ from ..data.cache import fingerprint
 from ..data.depth import SCALES, deep, full_scale
 from ..data.errors import BadInput, one_of, printable
 from ..data.images import SUFFIXES, read_image
-from ..method.coreset import coreset
 from ..method.features import Features
 from ..method.halving import halving
-from ..method.memory import SCORERS, Memory, anomaly_maps
-from ..method.pretrain import stream
-from ..run.compare import find_device
+from ..run.compare import find_device, shown
+from ..run.config import settings_of
 from ..run.keys import hardware, versions
 from ..run.source import code_hash
-from ..systems.settings import Config, Whole, ask_for_textures, fitted
-from ..systems.tocoad import embed, embed_batch, train
+from ..systems.learned import check_textures, last_of, learn, prepared
+from ..systems.settings import Config, Shared, Whole, fitted
+from ..systems.system import SYSTEMS, departures, system_of
 
 # %% ../../nbs/parts/1_fit.ipynb #c271d52f
 def find_images(
@@ -160,111 +160,120 @@ def read_good(
 # %% ../../nbs/parts/1_fit.ipynb #7c9f1048
 @dataclass(eq=False, repr=False)
 class Detector:
-    "F, a memory of good patches and a threshold: all that scoring needs"
-    F: Features          # in eval mode
-    memory: Memory       # bank of good patches
-    cfg: Config          # what it was made with; size, precision, patches, dims, scorer, b, sigma are read
-    held: torch.Tensor   # scores of the held-out good images (n,), ascending
-    about: dict          # threshold, limit, low and where all comes from: numbers and texts
+    "A fitted system and a threshold: all that scoring needs"
+    F: Features | None # in eval mode; None: the last stage makes no use of it
+    state: dict # stage -> numbers, arrays, of those that the last stage needs
+    cfg: Shared # settings of the system
+    held: torch.Tensor # scores of the held-out good images (n,), ascending
+    about: dict # threshold, limit, low, what the stages say, where all comes from: numbers and texts
+    device: torch.device = torch.device("cpu")
 
     @property
     def threshold(self): return self.about["threshold"]
 
+    _arrays = cached_property(lambda self: prepared(self.cfg, [*self.state.values()], self.F, self.device))
+
+    def rows(self, images): # uint8 (N, 3, size, size) -> float (N, 1 + size * size) on the CPU
+        "Score and map of each image, side by side"
+        last = last_of(self.cfg)
+        score, maps = map(torch.from_numpy, shown(last, self._arrays(images)))
+        return torch.cat([score[:, None], maps.flatten(1)], 1).float() - last.does.least
+
+    def __call__(self, images, batch=32): # uint8 (N, 3, size, size), as many at once -> (N,), (N, size, size)
+        "Scores and maps of images"
+        rows = halving(self.rows, images, batch)[0]
+        return rows[:, 0], rows[:, 1:].unflatten(1, (self.cfg.size,) * 2)
+
     def __repr__(self):
-        return f"Detector({self.cfg.category}, {len(self.memory):,} patches, threshold {self.threshold:.4g})"
-
-    def patch_scores(self, images): # uint8 (N, 3, size, size) -> float (N, h, w) on the CPU
-        "The distance of every patch to the memory (Eq. 8 or 9)"
-        with torch.no_grad():
-            s = SCORERS[self.cfg.scorer](self.memory, embed_batch(self.F, images, self.cfg), self.cfg.b)
-        return s.float().cpu().unflatten(1, (math.isqrt(s.shape[1]),) * 2)
-
-    def maps(self, patch_scores): # (N, h, w) -> (N, size, size)
-        "Anomaly maps from patch scores"
-        return anomaly_maps(patch_scores.flatten(1), patch_scores.shape[1:], self.cfg.size, self.cfg.sigma)
+        return f"Detector({self.cfg.category}, {system_of(self.cfg).name}, threshold {self.threshold:.4g})"
 
 # %% ../../nbs/parts/1_fit.ipynb #c324bbea
 def calibrate(
     detector: Detector, # without a threshold yet
-    images, names, # good ones that the memory does not know, uint8 (n, 3, size, size); theirs
+    images, names, # good ones that nothing was learned from, uint8 (n, 3, size, size); theirs
     quantile: float = .95, # share of good images that should pass
 ) -> dict: # threshold, limit, low, rank, false alarms, the highest held-out images
     "Threshold and colours from held-out good images; sets `held`"
-    s = halving(detector.patch_scores, images, 32)[0]
-    scores, maps, k = s.flatten(1).amax(1), detector.maps(s), rank(len(s), quantile)
+    (scores, maps), n = detector(images), len(images)
+    k = rank(n, quantile)
     above = lambda x: float(x.sort().values[k - 1].double() * (1 + 1e-5))
     low, order = float(maps.flatten().median()), scores.argsort(descending=True)
     detector.held = scores.sort().values
     if not 0 < above(scores) < math.inf:
-        raise BadInput(f"the threshold of {_many(len(s), 'held-out good image')} would be {above(scores):.4g}, and no "
+        raise BadInput(f"the threshold of {_many(n, 'held-out good image')} would be {above(scores):.4g}, and no "
                        "score can be compared with that: give good images that differ as good parts do")
     return dict(threshold=above(scores), limit=max(above(maps.flatten(1).amax(1)), low + 1e-6), low=low,
-                quantile=quantile, rank=k, false_alarms=false_alarms(len(s), k),
+                quantile=quantile, rank=k, false_alarms=false_alarms(n, k),
                 highest={names[i]: round(float(scores[i]), 6) for i in order[:5]})
 
 # %% ../../nbs/parts/1_fit.ipynb #9deac5e3
 def fit(
-    good, cfg: Config, # folder of good parts, searched with its sub-folders; `config("laptop")`, or a change of it
-    stages: str = "none", # "none": frozen F; "both": F tuned by the paper's two stages
+    good, cfg: Shared, # folder of good parts, searched with its sub-folders; settings, such as `config("laptop")`
+    system: str = "frozen", # a key of `SYSTEMS`; it takes of other settings what it shares with them
     quantile: float = .95, held_out: float = .2, # share of good parts that should pass; that only sets the threshold
     most: int = 2000, # good images used at most
     device: str | None = None, progress: bool = True, # None: a GPU if there is one
 ) -> Detector:
     "A detector from a folder of good parts"
     start, device = time.perf_counter(), find_device(device)
-    cfg = own(cfg, good, stages, quantile, held_out, most)
+    cfg = own(cfg, good, system, quantile, held_out, most)
     images, names, facts, notes = read_good(good, cfg.size, most, cfg.seed, progress)
     n = min(max(1, round(held_out * len(images))), len(images) - 2)
-    F, log = train(cfg, images[n:].to(device), cfg.method, progress)
-    X = embed(F, images[n:], cfg).flatten(0, 1)
-    idx = coreset(X, cfg.coreset, project=cfg.project, starts=cfg.starts, generator=stream(cfg.seed, "coreset"))
-    detector = Detector(F.eval(), Memory(X[idx], total=len(X)), cfg, torch.zeros(0), {})
+    F, state, learned = learn(cfg, images[n:], device, progress)
+    detector = Detector(F, state, cfg, torch.zeros(0), {}, device)
     found = calibrate(detector, images[:n], names, quantile)
-    facts |= dict(train=len(images) - n, held_out=n, patches=len(X), kept=len(idx))
-    last = {k: v[-1] if isinstance(v, list) else v for k, v in log.items()}
-    facts["fingerprint"] = fingerprint(images[n:])
-    detector.about = dict(found, images=facts, training=last, stages=stages, notes=notes + _few(n, found),
-                          weights=F.weights_hash, **_origin(start, device))
+    facts |= dict(train=len(images) - n, held_out=n, fingerprint=fingerprint(images[n:]))
+    detector.about = dict(found, images=facts, learned=learned, notes=notes + _few(n, found),
+                          weights=getattr(F, "weights_hash", None), **_origin(start, device))
     return detector
 
 # %% ../../nbs/parts/1_fit.ipynb #cafdb342
 def own(
-    cfg: Config, good, # any; folder of good parts, which gives the name
-    stages: str = "none", quantile: float = .95, held_out: float = .2, most: int = 2000, # as for `fit`
-) -> Config:
+    cfg: Shared, good, # any; folder of good parts, which gives the name
+    system: str = "frozen", quantile: float = .95, held_out: float = .2, most: int = 2000, # as for `fit`
+) -> Shared: # of that system
     "The settings for own parts: the whole image is squeezed, nothing is cropped"
-    one_of(stages, ("none", "both"), "stages")
+    kind = SYSTEMS[one_of(system, SYSTEMS, "the system")].kind
     fitted("most", most, Whole[LEAST, 10**9])
     for name, v in dict(quantile=quantile, held_out=held_out).items():
         if not 0 < fitted(name, v, float) < 1:
             raise BadInput(f"{name} is {v}: give a share above 0 and below 1, such as 0.99")
-    if stages == "both":
-        ask_for_textures(cfg)
     names = [n for n in Path(good).resolve().parts if n.lower() not in ("good", "ok", "normal", "train")]
     name = printable(names[-1]).encode()[:150].decode(errors="ignore") # as long as a category may be
-    method = "two_stage" if stages == "both" else "frozen"
-    return cfg.replace(dataset="own", category=name, resize=cfg.size, method=method)
+    cfg, method = cfg if type(cfg) is kind else settings_of(system, cfg), dict(tocoad="two_stage").get(system, system)
+    cfg = cfg.replace(dataset="own", category=name, resize=cfg.size, method=method)
+    check_textures(cfg)
+    return cfg
 
 def _few(n, about):
     need = math.ceil(about["quantile"] / (1 - about["quantile"]) - 1e-9)
     return [f"only {_many(n, 'good image')} held out: their largest score is the threshold, so about "
             f"{about['false_alarms'][0]:.1%} of good parts will lie above it; the quantile needs {need:,}"] * (n < need)
 
+# %% ../../nbs/parts/1_fit.ipynb #a0f22103
+def _said(values):
+    "The first numbers of a stage, and those of its last epoch"
+    flat = values | (values.get("log") or [{}])[-1]
+    flat |= {f"{k} {n}": x for k, v in values.items() if isinstance(v, dict) for n, x in v.items()}
+    flat = [(k, x) for k, x in flat.items() if isinstance(x, (int, float))][:6]
+    return ", ".join(f"{k} {x:,}" if isinstance(x, int) else f"{k} {x:.4g}" for k, x in flat)
+
 # %% ../../nbs/parts/1_fit.ipynb #a0f22104
 @patch
 def text(self: Detector):
     "What one should know of a detector, a line each"
     a, c, i, (mean, bound) = self.about, self.cfg, self.about["images"], self.about["false_alarms"]
+    left = [departures(c)] * (not isinstance(c, Config)) # ToCoAD's are many: its profile says them
     facts = {
-        "good parts": f"{i['train']} in the memory, {i['held_out']} held out"
+        "system": ", ".join(filter(None, [system_of(c).name, *left])),
+        "good parts": f"{i['train']} to learn from, {i['held_out']} held out"
                       + f", {i['copies']} copies left out" * (i["copies"] > 0),
-        "features": f"{c.backbone}, {'frozen' if a['stages'] == 'none' else 'tuned by both stages'}, "
-                    f"{c.size} x {c.size} pixels, profile {c.profile}",
-        "memory": f"{i['kept']:,} of {i['patches']:,} patches x {self.memory.bank.shape[1]} numbers",
+        "images": f"{c.size} x {c.size} pixels, profile {c.profile}" + f", {c.backbone}" * (self.F is not None),
+        **{stage: _said(values) for stage, values in a["learned"].items()},
         "threshold": f"{self.threshold:.4g}, rank {a['rank']} of {i['held_out']} held-out scores",
         "false alarms": f"{mean:.1%} of good parts expected, below {bound:.1%} in 95 of 100 draws",
         "made": f"{a['written'][:10]} in {a['seconds']:.1f} s on {a['hardware']['device']}, "
-                f"weights {a['weights']}, images {i['fingerprint'][:8]}"}
+                + f"weights {a['weights']}, " * bool(a["weights"]) + f"images {i['fingerprint'][:8]}"}
     return "\n".join([f"detector of {printable(c.category)}", *(f"  {k:<12}  {v}" for k, v in facts.items()),
                       *(f"note: {n}" for n in a["notes"])])
 

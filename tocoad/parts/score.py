@@ -13,7 +13,6 @@ import re
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,14 +36,14 @@ from ..run.store import write_json
 # %% ../../nbs/parts/2_score.ipynb #9127c33b
 def scored(
     items, # yields (name, uint8 array (3, S, S) or BadInput)
-    f, batch: int = 32, # uint8 tensor (n, 3, S, S) -> patch scores (n, h, w); images at once
+    f, batch: int = 32, # uint8 tensor (n, 3, S, S) -> rows (n, ...) that begin with a score; images at once
 ) -> list: # (name, score, or None, reason), worst first
-    "The largest patch score of each image of a stream"
+    "The score of each image of a stream"
     rows, items, fits = [], iter(items), batch
     while chunk := list(islice(items, batch)):
         if ok := [x for _, x in chunk if not isinstance(x, BadInput)]:
             found, fits = halving(f, torch.from_numpy(np.stack(ok)), fits)
-        scores = iter(found.flatten(1).amax(1).tolist() if ok else ())
+        scores = iter(found[:, 0].tolist() if ok else ())
         for name, x in chunk:
             bad = isinstance(x, BadInput)
             rows.append((name, None if bad else float(f"{next(scores):.6g}"), str(x) if bad else ""))
@@ -153,8 +152,7 @@ def heat_map(
     "A picture with its anomaly map"
     top = detector.about["images"].get("top", SCALES[-1])
     pixels = torch.tensor(read_image(path, detector.cfg.size, top=top)[0])[None]
-    heat = detector.maps(detector.patch_scores(pixels))[0]
-    return overlay(rgb(open_image(path), top), heat, detector.about["low"], detector.about["limit"])
+    return overlay(rgb(open_image(path), top), detector(pixels)[1][0], detector.about["low"], detector.about["limit"])
 
 def _draw_worst(detector, images, rows, aside):
     "Heat maps of the readable images among some rows, and their page; image -> file"
@@ -216,18 +214,17 @@ def score(
 ) -> Summary:
     "Scores of all images of a folder, worst first, and heat maps of the worst"
     start, images, out, odd = time.perf_counter(), Path(_readable(images, "of parts to score")), Path(out), []
-    device = detector.memory.bank.device
-    batch = batch or (128 if device.type == "cuda" else 32)
+    batch = batch or (128 if detector.device.type == "cuda" else 32)
     if os.path.realpath(images) == os.path.realpath(out):
         raise BadInput(f"{out} would receive results among the images themselves: give another folder for them")
     with results(out) as aside:
         names = tqdm(find_images(images, [out]), "score", unit=" images", disable=not progress, leave=False)
-        pixels = decoded(names, partial(_read, detector, images, odd), 2 * batch)
-        if not (rows := scored(pixels, detector.patch_scores, batch)):
+        pixels = decoded(names, lambda n: _read(detector, images, odd, n), 2 * batch)
+        if not (rows := scored(pixels, detector.rows, batch)):
             raise BadInput(f"{images} holds no images ({', '.join(SUFFIXES)}): give the folder of parts to score")
         drawn = _draw_worst(detector, images, rows[:maps], aside)
         _write_scores(rows, aside / "scores.csv", detector.threshold, drawn)
-        made = _origin(start, device)
+        made = _origin(start, detector.device)
         summary = Summary(detector.threshold, rows, drawn, _shifted(rows, detector.held, len(odd)), made["seconds"])
         write_json(_facts(detector, images.name, summary) | made, aside / "summary.json")
     return summary
@@ -251,7 +248,7 @@ def _facts(detector, folder, s):
     a, numbers = detector.about, ("images", "defect", "good", "unreadable", "threshold", "warnings", "problem")
     worst = [dict(rank=i, path=n, score=x, ratio=round(x / s.threshold, 4), heat_map=s.heat_maps.get(n, ""))
              for i, (n, x, _) in enumerate(s.scores[:12], 1) if x is not None]
-    model = dict(config=asdict(detector.cfg), fingerprint=a["images"]["fingerprint"])
     return dict(what=MARK, folder=folder, **{k: getattr(s, k) for k in numbers}, worst=worst,
                 **{k: a[k] for k in ("quantile", "false_alarms")}, heat_maps=list(s.heat_maps.values()),
-                model=model | {k: a[k] for k in ("weights", "written")})
+                model=dict(config=asdict(detector.cfg), fingerprint=a["images"]["fingerprint"],
+                           **{k: a[k] for k in ("weights", "written")}))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'Settings', 'position_code', 'places', 'flow_for', 'flows_for', 'per_channel', 'loss_of', 'rate', 'looks',
-           'steps', 'train', 'likelihoods', 'anomaly_map', 'fit', 'scores', 'maps_of']
+           'steps', 'train', 'likelihoods', 'anomaly_map', 'fit', 'prepared', 'scores', 'maps_of']
 
 # %% ../../nbs/systems/cflow.ipynb #a82dd4cf
 import math
@@ -203,13 +203,21 @@ def fit(c, data, got, parts, device, progress): # log; the flows' state, and "to
     return dict(log=log), {k: v.detach().cpu().numpy() for k, v in flows.state_dict().items()} | dict(top=top.numpy())
 
 # %% ../../nbs/systems/cflow.ipynb #4c88ab64
-def scores(c, data, got, parts, device, progress): # no numbers; "layer2" ... "layer4" (N, h_l, w_l)
-    "How likely every place of the test images is, of the likeliest of training"
-    F, state = extractor(c, device), {k: torch.from_numpy(v) for k, v in got[0][1].items()}
+def prepared(c, got, parts, device): # images -> "layer2" ... "layer4" (N, h_l, w_l)
+    "What tells how likely every place is, of the likeliest of training"
+    F, state = parts.get("F") or extractor(c, device), {k: torch.from_numpy(v) for k, v in got[0][1].items()}
     flows, top = flows_for((F.channels[k - 1] for k in LAYERS), c), state.pop("top")
     flows.load_state_dict(state)
-    found = likelihoods(flows.to(device), F, data.test.images, c)
-    return {}, {f"layer{k}": (m - t).numpy() for k, m, t in zip(LAYERS, found, top, strict=True)}
+    flows.to(device)
+    def relative(images):
+        "Of some images"
+        found = zip(LAYERS, likelihoods(flows, F, images, c), top, strict=True)
+        return {f"layer{k}": (m - t).numpy() for k, m, t in found}
+    return relative
+
+def scores(c, data, got, parts, device, progress): # no numbers; "layer2" ... "layer4" (N, h_l, w_l)
+    "How likely every place of the test images is, of the likeliest of training"
+    return {}, prepared(c, got, parts, device)(data.test.images)
 
 def maps_of(
     arrays, # from `scores`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Settings', 'generator', 'turned', 'brick', 'double', 'Down', 'Repair', 'Segment', 'Draem', 'losses', 'step', 'train',
-           'image_scores', 'make', 'fit', 'scores']
+           'image_scores', 'make', 'fit', 'prepared', 'scores']
 
 # %% ../../nbs/systems/draem.ipynb #4d1a0004
 import time
@@ -223,14 +223,20 @@ def fit(c, data, got, parts, device, progress): # log; the networks' state
     return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in net.state_dict().items()}
 
 # %% ../../nbs/systems/draem.ipynb #4d1a0044
-@torch.inference_mode()
-def scores(c, data, got, parts, device, progress): # no numbers; image (N,), maps (N, size, size)
-    "The probability of every pixel of the test images of being anomalous"
-    net, maps = make(c, device), []
+def prepared(c, got, parts, device): # images -> image (N,), maps (N, size, size)
+    "What gives the probability of every pixel of being anomalous"
+    net = make(c, device)
     net.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
     net.eval()
-    with arithmetic(c.precision, device):
-        for images in data.test.images.split(c.batch):
-            maps.append(net(to_float(crop(images.to(device), c.size)))[1].softmax(1)[:, 1].cpu())
-    maps = torch.cat(maps)
-    return {}, dict(image=image_scores(maps, c.pool).numpy(), maps=maps.numpy())
+    @torch.inference_mode()
+    def probabilities(images):
+        "Of some images"
+        with arithmetic(c.precision, device):
+            maps = torch.cat([net(to_float(crop(some.to(device), c.size)))[1].softmax(1)[:, 1].cpu()
+                              for some in images.split(c.batch)])
+        return dict(image=image_scores(maps, c.pool).numpy(), maps=maps.numpy())
+    return probabilities
+
+def scores(c, data, got, parts, device, progress): # no numbers; image (N,), maps (N, size, size)
+    "The probability of every pixel of the test images of being anomalous"
+    return {}, prepared(c, got, parts, device)(data.test.images)

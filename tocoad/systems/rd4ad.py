@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['first', 'blocks', 'OCBE', 'Decoder', 'student', 'place_distance', 'distance', 'anomaly_map', 'Settings', 'train',
-           'fit', 'scores', 'maps_of']
+           'fit', 'prepared', 'scores', 'maps_of']
 
 # %% ../../nbs/systems/rd4ad.ipynb #4d0a0004
 import time
@@ -180,19 +180,26 @@ def fit(c, data, got, parts, device, progress): # log; the student's state
         log = train(S, teacher, c.epochs, c.batch, c.lr, c.betas, c.cosine, c.seed, progress)
     return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in S.state_dict().items()}
 
-@torch.inference_mode()
-def scores(c, data, got, parts, device, progress): # no numbers; "layer1" ... "layer3" (N, h_l, w_l)
-    "The distance between teacher and student at every place of the test images"
-    F = extractor(c, device)
+def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
+    "What gives the distance between teacher and student at every place"
+    F = parts.get("F") or extractor(c, device)
     S = student(F.channels, c.backbone, c.seed)
     S.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    S, found = S.to(device).eval(), []
-    for images in data.test.images.split(c.batch):
-        teacher = layer_maps(F, images, c)
-        with arithmetic(c.precision, device):
-            found.append([place_distance(t, s).cpu() for t, s in zip(teacher, S(teacher), strict=True)])
-    layers = (torch.cat(m) for m in zip(*found, strict=True))
-    return {}, {f"layer{k}": m.numpy() for k, m in enumerate(layers, 1)}
+    S.to(device).eval()
+    @torch.inference_mode()
+    def distances(images):
+        "Of some images"
+        found = []
+        for some in images.split(c.batch):
+            teacher = layer_maps(F, some, c)
+            with arithmetic(c.precision, device):
+                found.append([place_distance(t, s).cpu() for t, s in zip(teacher, S(teacher), strict=True)])
+        return {f"layer{k}": torch.cat(m).numpy() for k, m in enumerate(zip(*found, strict=True), 1)}
+    return distances
+
+def scores(c, data, got, parts, device, progress): # no numbers; "layer1" ... "layer3" (N, h_l, w_l)
+    "The distance between teacher and student at every place of the test images"
+    return {}, prepared(c, got, parts, device)(data.test.images)
 
 # %% ../../nbs/systems/rd4ad.ipynb #4d0a0043
 def maps_of(

@@ -27,6 +27,8 @@ class Stage:
     gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, `width` 1
     reader: str | Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
     reads: tuple = () # settings that the reader is given
+    prepared: str | Callable = "" # (settings, got, parts, device) -> what gives such arrays of any images
+    least: float = 0. # that an image score can be
     judges: bool = False # is given image scores and maps, and nothing else, of the stages before it
 
 def find(
@@ -92,7 +94,7 @@ TOCOAD = {
                    ("patches", "sampler", "scorer"), _TUNED, 60., "epochs2/curve"),
     "memory": Stage("systems.tocoad.memory", (*_F, *_PATCHES, *_CORESET), ("patches", "sampler"), _TUNED, 4.),
     "scores": Stage("systems.tocoad.scores", (*_F, *_PATCHES, *_SCORER), ("patches", "scorer"), ("memory", *_TUNED), 2.,
-                    reader="systems.tocoad.maps_of", reads=_MAPS)}
+                    reader="systems.tocoad.maps_of", reads=_MAPS, prepared="systems.tocoad.prepared")}
 
 # %% ../../nbs/systems/2_system.ipynb #043d077d
 TRAINS = dict(two_stage=("stage1", "stage2"), contrastive=("contrastive",), frozen=(), control=("stage1", "stage2"),
@@ -110,35 +112,38 @@ SYSTEMS = {
 # %% ../../nbs/systems/2_system.ipynb #6a1f0c22
 SYSTEMS["padim"] = System("PaDiM", {
     "padim": Stage("systems.padim.fit", (*_F, "channels", "ridge")),
-    "padim_scores": Stage("systems.padim.scores", _F, needs=("padim",), reader="systems.tocoad.maps_of", reads=_MAPS)},
+    "padim_scores": Stage("systems.padim.scores", _F, needs=("padim",), reader="systems.tocoad.maps_of", reads=_MAPS,
+                          prepared="systems.padim.prepared")},
     "systems.padim.Settings", (1, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(channels=100)))
 
 # %% ../../nbs/systems/2_system.ipynb #6a1f0c23
 SYSTEMS["spade"] = System("SPADE", {
     "spade": Stage("systems.spade.fit", _F),
     "spade_scores": Stage("systems.spade.scores", (*_F, "gallery"), needs=("spade",), work=25.,
-                          reader="systems.spade.maps_of", reads=("size", "sigma", "neighbours"))},
+                          reader="systems.spade.maps_of", reads=("size", "sigma", "neighbours"),
+                          prepared="systems.spade.prepared")},
     "systems.spade.Settings", (1, 2, 3))
 
 # %% ../../nbs/systems/2_system.ipynb #6a1f0c24
 SYSTEMS["patchcore"] = System("PatchCore", {
     "memory": TOCOAD["memory"],
     "patchcore_scores": Stage("systems.patchcore.scores", (*_F, *_PATCHES, "b"), ("patches",), ("memory",), 2.,
-                              reader="systems.patchcore.maps_of", reads=("size", "sigma"))},
+                              reader="systems.patchcore.maps_of", reads=("size", "sigma"),
+                              prepared="systems.patchcore.prepared")},
     "systems.patchcore.Settings", (1, 2, 3), profiles=dict.fromkeys(("laptop", "smoke", "lab"), dict(dims=256)))
 
 # %% ../../nbs/systems/2_system.ipynb #6a1f0c25
 SYSTEMS["fapm"] = System("FAPM", {
     "fapm": Stage("systems.fapm.fit", (*_F, "cut", "coreset", "adaptive")),
     "fapm_scores": Stage("systems.fapm.scores", (*_F, "cut", "neighbours"), needs=("fapm",),
-                         reader="systems.fapm.maps_of", reads=("size", "sigma"))},
+                         reader="systems.fapm.maps_of", reads=("size", "sigma"), prepared="systems.fapm.prepared")},
     "systems.fapm.Settings", (1,))
 
 # %% ../../nbs/systems/2_system.ipynb #4d2a0003
 SYSTEMS["rd4ad"] = System("RD4AD", {
     "rd4ad": Stage("systems.rd4ad.fit", (*_F, "epochs", "batch", "lr", "betas", "cosine"), work=3.3, epochs="epochs"),
     "rd4ad_scores": Stage("systems.rd4ad.scores", (*_F, "batch"), needs=("rd4ad",), work=2.,
-                          reader="systems.rd4ad.maps_of", reads=("size", "sigma"))},
+                          reader="systems.rd4ad.maps_of", reads=("size", "sigma"), prepared="systems.rd4ad.prepared")},
     "systems.rd4ad.Settings", (1,), profiles=dict(laptop=dict(epochs=16), lab=dict(epochs=8, batch=8),
                                                   smoke=dict(epochs=5, batch=8)))
 
@@ -149,7 +154,8 @@ _UNETS = 396 * (224 / 256)**2 # GFLOP
 SYSTEMS["draem"] = System("DRAEM", {
     "draem": Stage("systems.draem.fit", (*_DRAEM, "epochs", "lr", "gamma", "textures", "scales", "threshold", "beta",
                                          "clean", "turns", "angle"), work=3., epochs="epochs", gflop=_UNETS),
-    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), gflop=_UNETS)},
+    "draem_scores": Stage("systems.draem.scores", (*_DRAEM, "pool"), needs=("draem",), gflop=_UNETS,
+                          prepared="systems.draem.prepared")},
     "systems.draem.Settings", (2,), profiles=dict(laptop=_SMALL | dict(epochs=8), lab=_SMALL | dict(epochs=8),
                                                   smoke=_SMALL | dict(epochs=3)))
 
@@ -158,7 +164,8 @@ SYSTEMS["fastflow"] = System("FastFlow", {
     "fastflow": Stage("systems.fastflow.fit", (*_F, "blocks", "kernels", "hidden", "clamp", "epochs", "batch", "lr",
                                                "decay"), work=3., epochs="epochs"),
     "fastflow_scores": Stage("systems.fastflow.scores", (*_F, "blocks", "kernels", "hidden", "clamp", "batch"),
-                             needs=("fastflow",), work=2., reader="systems.fastflow.maps_of", reads=("size",))},
+                             needs=("fastflow",), work=2., reader="systems.fastflow.maps_of", reads=("size",),
+                             prepared="systems.fastflow.prepared", least=-1.)},
     "systems.fastflow.Settings", (2,), profiles=dict(
         laptop=dict(epochs=8, batch=8), **dict.fromkeys(("smoke", "lab"), dict(epochs=20, batch=8))))
 
@@ -167,7 +174,7 @@ SYSTEMS["cflow"] = System("CFLOW-AD", {
     "cflow": Stage("systems.cflow.fit", (*_F, "blocks", "condition", "clamp", "epochs", "batch", "fibre", "lr",
                                          "angle"), work=5., epochs="epochs"),
     "cflow_scores": Stage("systems.cflow.scores", (*_F, "blocks", "condition", "clamp", "batch"), needs=("cflow",),
-                          work=3., reader="systems.cflow.maps_of", reads=("size",))},
+                          work=3., reader="systems.cflow.maps_of", reads=("size",), prepared="systems.cflow.prepared")},
     "systems.cflow.Settings", (1, 2), profiles=dict(
         laptop=dict(epochs=3, lr=1e-3, angle=0.),
         **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'make_generator', 'make_views', 'make_networks', 'make_contrast', 'two_views', 'pairs', 'stage1',
-           'stage2', 'contrastive', 'embed_batch', 'embed', 'memory', 'scores', 'maps_of', 'judge', 'curve', 'train',
-           'score']
+           'stage2', 'contrastive', 'embed_batch', 'embed', 'memory', 'prepared', 'scores', 'maps_of', 'judge', 'curve',
+           'train', 'score']
 
 # %% ../../nbs/systems/3_tocoad.ipynb #d285c4d6
 import copy
@@ -219,14 +219,22 @@ def memory(c, data, got, parts, device, progress): # numbers of patches; bank an
     idx = choose(X, c.coreset, generator=stream(c.seed, "coreset"))
     return dict(patches=len(X), kept=len(idx)), dict(bank=X[idx].cpu().numpy(), idx=idx.cpu().numpy())
 
+def prepared(c, got, parts, device): # images -> patch scores (N, h, w)
+    "What gives the distance of every patch to the memory"
+    F = parts.get("F") or _extractor(c, got[1][1] if len(got) > 1 else None, device)
+    M = Memory(torch.from_numpy(got[0][1]["bank"]).to(device))
+    def distances(images):
+        "Of some images"
+        Q = embed(F, images, c, parts)
+        s, side = (parts.get("scorer") or SCORERS[c.scorer])(M, Q, c.b), round(Q.shape[1]**.5)
+        return dict(patch_scores=s.reshape(len(Q), side, side).float().cpu().numpy())
+    return distances
+
 def scores(c, data, got, parts, device, progress): # size of the grid; patch scores (N, h, w)
     "The distance of every test patch to the memory"
-    F = _extractor(c, got[1][1] if len(got) > 1 else None, device)
-    M = Memory(torch.from_numpy(got[0][1]["bank"]).to(device))
-    Q = embed(F, data.test.images, c, parts)
-    s, side = (parts.get("scorer") or SCORERS[c.scorer])(M, Q, c.b), round(Q.shape[1]**.5)
-    s = s.reshape(len(Q), side, side).float().cpu().numpy()
-    return dict(images=len(Q), grid=[side, side]), dict(patch_scores=s)
+    found = prepared(c, got, parts, device)(data.test.images)
+    n, *grid = found["patch_scores"].shape
+    return dict(images=n, grid=grid), found
 
 def maps_of(
     arrays, # "patch_scores" (N, h, w)
