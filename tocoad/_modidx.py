@@ -989,6 +989,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tocoad.run.keys.versions': ('run/keys.html#versions', 'tocoad/run/keys.py')},
             'tocoad.run.report': { 'tocoad.run.report._cell': ('run/report.html#_cell', 'tocoad/run/report.py'),
                                    'tocoad.run.report._changed': ('run/report.html#_changed', 'tocoad/run/report.py'),
+                                   'tocoad.run.report._edges': ('run/report.html#_edges', 'tocoad/run/report.py'),
+                                   'tocoad.run.report._lines': ('run/report.html#_lines', 'tocoad/run/report.py'),
                                    'tocoad.run.report.curves': ('run/report.html#curves', 'tocoad/run/report.py'),
                                    'tocoad.run.report.interval': ('run/report.html#interval', 'tocoad/run/report.py'),
                                    'tocoad.run.report.machine': ('run/report.html#machine', 'tocoad/run/report.py'),
