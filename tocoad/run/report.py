@@ -153,11 +153,12 @@ def curves(
 def spanned(
     wide: pd.DataFrame, # columns named a|b|c
     name: str, # of the table
+    **kw, # to `GT`, as rowname_col
 ): # `great_tables.GT`
     "A table whose names a|b|c stand in three lines, each over the columns that share it"
     from great_tables import GT
     parts = {c: c.split("|") for c in wide}
-    out = GT(wide, id=name).cols_label({c: p[-1] for c, p in parts.items()})
+    out = GT(wide, id=name, **kw).cols_label({c: p[-1] for c, p in parts.items()})
     for k in range(max(map(len, parts.values())) - 1):
         over = [(c, p[:k + 1], len(p) - 2 - k) for c, p in parts.items() if len(p) > k + 1]
         for n, ((above, level), run) in enumerate(groupby(over, lambda x: x[1:])):
