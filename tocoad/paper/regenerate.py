@@ -236,7 +236,7 @@ def _section(out, t, why):
     shown = [x.partition("<main>")[2].partition("</main>")[0].replace('src="', 'src="tables/') for x in pages]
     shown += [picture(at(p), said or called) for p in files if p.suffix == ".png" and not pages]
     bad = f'<p class="bad">{html.escape(why)}</p>' if why else ""
-    head = f'<h2>{called}</h2><p>{under}</p>{bad}<p class="files">Files: {links}</p>'
+    head = f'<h2>{called}</h2><p>{under}</p>{bad}' + f'<p class="files">Files: {links}</p>' * bool(links)
     return f'<section id="{t}">{head}{"".join(shown)}</section>'
 
 # %% ../../nbs/paper/regenerate.ipynb #40b94fe6
