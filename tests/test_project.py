@@ -73,14 +73,22 @@ FORK = multiprocessing.get_context("forkserver" if "forkserver" in WAYS else "sp
 FORK.set_forkserver_preload(["nbdev.test", "matplotlib.pyplot", "tocoad.run.compare", "tocoad.paper.sheets"])
 
 
+def silent(nb, _):
+    "Stands for the writing of a notebook that ran: nothing may stand in a red box"
+    said = ["".join(o["text"]) for c in nb.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+    assert not said, f"on stderr: {said}"
+
+
 def carry_out(nb, log):
     "Run a notebook from top to bottom, in a child"
+    os.environ["TQDM_DISABLE"] = "1" # bars are no warnings
+    nbdev.test.write_nb = silent
     with open(log, "w", encoding="utf-8") as f:
         for stream in (1, 2):
             os.dup2(f.fileno(), stream)
     os.chdir(nb.parent)
     matplotlib.use("agg")
-    sys.exit(not nbdev.test.test_nb(nb, skip_flags=["slow", "cuda"])[0])
+    sys.exit(not nbdev.test.test_nb(nb, skip_flags=["slow", "cuda"], save=True)[0])
 
 
 @pytest.mark.parametrize("nb", ROOMS, ids=name)
@@ -91,6 +99,17 @@ def test_notebook_runs(nb, tmp_path):
     child.join(1800)
     child.kill()
     assert child.exitcode == 0, text(tmp_path / "log")[-6000:]
+
+
+def test_a_notebook_that_warns_fails(tmp_path):
+    python = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    for what, code in {"warn('red')": 1, "filters": 0}.items():
+        cell, nb = nbformat.v4.new_code_cell(f"import warnings\nwarnings.{what}"), tmp_path / f"{code}.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=python), nb)
+        child = FORK.Process(target=carry_out, args=(nb, tmp_path / "log"))
+        child.start()
+        child.join(300)
+        assert child.exitcode == code and ("red" in text(tmp_path / "log")) == code
 
 
 def test_library_is_exported(tmp_path):

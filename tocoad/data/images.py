@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +167,10 @@ def _pixels(x):
         x = x.permute(1, 2, 0).squeeze(-1)
     return (x.float().clamp(0, 1) if x.is_floating_point() and x.ndim == 3 else x).numpy()
 
+def _lines(title, width):
+    "A title broken to the width of its picture; a formula stays whole"
+    return title if "$" in title else "\n".join(fill(line, int(12 * width)) for line in title.split("\n"))
+
 def _draw(ax, a, mask, colour, kw):
     "One picture, and its mask as a contour"
     ax.imshow(a, **(dict(cmap="gray") | (dict(vmin=0, vmax=255) if a.dtype == np.uint8 else {}) | kw))
@@ -188,17 +193,18 @@ def show(
     import matplotlib.pyplot as plt
     if not (pictures := [_pixels(im) for im in images]):
         return
-    cols, head = min(cols, len(pictures)), 0 if titles is None else 0.2
+    text = [_lines(str(t), width) for t in (() if titles is None else titles)]
+    cols, head = min(cols, len(pictures)), max((0.08 + 0.17 * len(t.split("\n")) for t in text), default=0)
     rows, tall = -(-len(pictures) // cols), max(a.shape[0] / a.shape[1] for a in pictures)
     size = width * cols, (width * tall + head) * rows
-    fig, axs = plt.subplots(rows, cols, figsize=size, dpi=80, squeeze=False, layout="constrained")
+    fig, axs = plt.subplots(rows, cols, figsize=size, dpi=80, squeeze=False, layout="compressed")
     fig.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
     for ax in axs.flat:
         ax.axis("off")
     for i, (a, ax) in enumerate(zip(pictures, axs.flat, strict=False)):
         _draw(ax, a, None if masks is None else masks[i], colour, kw)
-        if titles is not None:
-            ax.set_title(titles[i], fontsize=8, pad=2)
+        if text:
+            ax.set_title(text[i], fontsize=10, pad=4)
     plt.show()
 
 # %% ../../nbs/data/1_images.ipynb #e103973f

@@ -23,6 +23,7 @@ from ..data.errors import BadInput, one_of
 from ..files import whole
 from . import plan
 from .hours import _rate_of, estimate, images_in, rates_in
+from .pages import opening, picture, terms, whole_page
 from .plan import Options, _kind, _make, datasets, places
 from .report import Results
 from .rows import FROZEN, GALLERIES, TABLES, TARGETS, TOURS
@@ -227,20 +228,18 @@ def _section(out, t, why):
     files = sorted((out / ("figures" if t.startswith("figure") else "tables")).glob(f"{t}.*"))
     if not files and not why:
         return ""
+    called, under, said = (html.escape(x, quote=False) for x in opening(t))
     at = lambda p: p.relative_to(out).as_posix()
     linked = [p for p in (*files, out / "notebooks" / f"{t}.ipynb") if p.exists()]
-    links = " ".join(f'<a href="{at(p)}">{p.suffix[1:]}</a>' for p in linked)
-    tables = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix == ".html")
-    pictures = "".join(f'<img src="{at(p)}" alt="{t}">' for p in files if p.suffix == ".png")
+    links = ", ".join(f'<a href="{at(p)}" aria-label="{t} as {p.suffix[1:]}">{p.suffix[1:]}</a>' for p in linked)
+    pages = [p.read_text(encoding="utf-8") for p in files if p.suffix == ".html"]
+    shown = [x.partition("<main>")[2].partition("</main>")[0].replace('src="', 'src="tables/') for x in pages]
+    shown += [picture(at(p), said or called) for p in files if p.suffix == ".png" and not pages]
     bad = f'<p class="bad">{html.escape(why)}</p>' if why else ""
-    return f'<section id="{t}"><h1>{t}</h1>{bad}<p>{links}</p>{tables}{pictures}</section>'
+    head = f'<h2>{called}</h2><p>{under}</p>{bad}' + f'<p class="files">Files: {links}</p>' * bool(links)
+    return f'<section id="{t}">{head}{"".join(shown)}</section>'
 
 # %% ../../nbs/paper/regenerate.ipynb #40b94fe6
-_STYLE = '''body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}
-th,td{padding:2px 8px;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-img{max-width:100%} nav a{margin-right:1em} li{font-size:13px} .bad{color:#a00}'''
-
 def write_index(
     out, # folder of the reports
     failed=None, # target -> why its notebook failed
@@ -248,9 +247,9 @@ def write_index(
     "`index.html`: all tables and figures of a folder, with links to their files and notebooks"
     out, failed = Path(out), failed or {}
     parts = {t: part for t in TARGETS if (part := _section(out, t, failed.get(t)))}
-    nav = "".join(f'<a href="#{t}">{t}</a>' for t in parts)
-    head = f'<meta charset="utf-8"><title>tocoad reports</title><style>{_STYLE}</style>'
+    links = "".join(f'<li><a href="#{t}">{html.escape(opening(t)[0])}</a></li>' for t in parts)
+    body = "".join(parts.values())
+    head = f'<h1>Tables and figures of ToCoAD</h1><nav aria-label="Contents"><ul>{links}</ul></nav>'
     with whole(out / "index.html") as aside:
-        page = f'<!doctype html><html lang="en">{head}<nav>{nav}</nav>{"".join(parts.values())}</html>'
-        aside.write_text(page, encoding="utf-8")
+        aside.write_text(whole_page("tocoad reports", f"{head}<main>{body}{terms(body)}</main>"), encoding="utf-8")
     return out / "index.html"

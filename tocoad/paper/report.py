@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AVERAGES', 'ONE_SEED', 'COLUMNS', 'Results', 'groups_of', 'coverage', 'Value', 'value', 'training', 'finished',
            'gain', 'gain_text', 'frame_of', 'side_by_side', 'lines', 'shown', 'ablation', 'generator', 'notes', 'tidy',
-           'flat', 'write_table']
+           'records', 'write_table']
 
 # %% ../../nbs/paper/report.ipynb #acb7013e
 import re
@@ -24,9 +24,10 @@ from ..measure.intervals import Interval, mean_interval
 from ..measure.metrics import mean_std
 from ..names import cells, listed, markup, page
 from . import published
+from .pages import TERMS, flat, table_page
 from .published import label
 from .training import summary
-from ..run.report import interval, machine, mark, named_seeds, spanned
+from ..run.report import NAMES, interval, machine, mark, named_seeds, spanned
 
 # %% ../../nbs/paper/report.ipynb #aa006d09
 @dataclass
@@ -217,12 +218,7 @@ def ablation(r: Results) -> pd.DataFrame: # of table4 to table9; text; columns: 
 
 # %% ../../nbs/paper/report.ipynb #5adbb72a
 ONE_SEED = (12, 40) # pages whose interval excludes 0, of so many simulated below with a true difference of 0
-COLUMNS = dict( # column of the runs -> what it means
-    pull="D's pull is the length of D's gradient on F as a share of C's and D's together, both weighted by Eq. 6, "
-         "mean over epochs.",
-    training="Training, in a word: did not learn (L_sym hardly fell), collapsed (a layer lost four fifths of its "
-             "spread), too long or too short (AUPRO, or AUROC, on the way; only where it was looked at), learned.",
-    oracle_image_auroc="The best epoch by test labels is an oracle that needs labels; results are the last epoch's.")
+COLUMNS = dict(pull="D's pull, %", training="training", oracle_image_auroc="best epoch by test labels") # of the runs
 
 def _paired(seeds):
     paired = "Per cent. Differences are paired, same test images and seeds, with 95 % bootstrap intervals over images"
@@ -242,14 +238,14 @@ def notes(r: Results) -> list: # of texts
     s, by, there = r.sheet, generator(r), r.runs.columns[~r.runs.isna().all()]
     said = {
         "The embedded mini data set stands in for the paper's: its numbers say nothing about the paper's.": s["mini"],
-        "DNP is stage I, which trains D; NCL is stage II, which tunes F.": r.target == "table5",
+        TERMS["DNP"]: r.target == "table5", TERMS["NCL"]: r.target == "table5",
         f"The pseudo-anomalies of all rows are made by {by}.": by,
         s.get("given"): "given" in s,
         f"Not all runs are there yet: {s.get('left')} are missing. Differences are over the seeds that both rows have.":
             s.get("left"),
         "A control is the same run at rate 0: no weight moves, batch norm takes its statistics from the same forward "
         "passes.": r.differences.base.str.startswith("rate 0").any()}
-    said |= {text: k in there for k, text in COLUMNS.items()} | {f"{m}.": True for m in r.missing}
+    said |= {TERMS[name]: k in there for k, name in COLUMNS.items()} | {f"{m}.": True for m in r.missing}
     said |= {f"Failed: {f}": True for x in (r, *r.beside) for f in x.failed}
     audit = published.remarks(int(r.target[5:])) if r.target[:5] == "table" else ()
     return [_paired(len(s["seeds"])), *(text for text, on in said.items() if on), *map(str, audit)]
@@ -268,16 +264,23 @@ def tidy(r: Results) -> pd.DataFrame: # dataset, category, row, metric, mean, st
         out += [one | dict(base=b, gain=d.mean, low=d.low, high=d.high) for b, d in found.items()] or [one]
     return pd.concat([pd.DataFrame(out), *others])
 
-# %% ../../nbs/paper/report.ipynb #fb151bc1
-def flat(frame: pd.DataFrame, by: str = " ") -> pd.DataFrame: # by: between the names of a column's levels
-    "A table with one level of columns and its index as columns"
-    join = lambda c: by.join(k for k in dict.fromkeys(map(str, np.atleast_1d(c))) if k)
-    index = frame.index.to_frame(index=False)
-    index.columns = [k if isinstance(k, str) else " " * i for i, k in enumerate(frame.index.names)]
-    return pd.concat([index, frame.set_axis(map(join, frame), axis=1).reset_index(drop=True)], axis=1)
+# %% ../../nbs/paper/report.ipynb #fb151bc2
+def records(r: Results) -> dict: # heading -> frame
+    "The runs behind a table, and the images that they were made with"
+    profiles = lambda frames: pd.concat([f.assign(profile=x.sheet["profile"]) for f, x in frames])
+    each = (r, *r.beside)
+    runs = profiles([(x.runs, x) for x in each])
+    images = profiles([(pd.DataFrame(x.sheet.get("sets", ()), columns=_SETS), x) for x in each])
+    first = [k for k in ("row", "profile", "dataset", "category", "seed") if k in runs]
+    both = {"Runs, per cent": runs[[*first, *runs.columns.drop(first)]], "Images": images}
+    named = lambda k: NAMES.get(k) or label(k)
+    return {h: f.rename(columns=named).astype(object).fillna("-") for h, f in both.items()}
 
+_SETS = ["category", "dataset", "train", "good", "bad", "fingerprint"]
+
+# %% ../../nbs/paper/report.ipynb #fb151bc1
 def _typeset(frames, name, title, notes):
-    "Tables for HTML and LaTeX, the notes beneath the last"
+    "Tables for LaTeX, the notes beneath the last"
     table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
     *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
     return [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
@@ -285,19 +288,28 @@ def _typeset(frames, name, title, notes):
 # %% ../../nbs/paper/report.ipynb #c3133dcf
 _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "✓": r"\checkmark{}", "Δ": r"$\Delta$"})
 
-def write_table(frames: dict, name: str, title: str, notes, out, numbers=None) -> list: # heading -> frame; paths
-    "Write tables into `out`/tables as CSV (`numbers`, if there are any), Markdown, HTML and LaTeX"
+def write_table(
+    frames: dict, # heading -> frame
+    name: str, title: str, notes, out, # of the files; what was run; texts; folder of the reports
+    numbers=None, # for the CSV; None: the first frame
+    behind=None, # heading -> frame: records behind a click
+    forest=None, # matplotlib figure whose label says what is to be seen
+) -> list: # paths
+    "Write tables into `out`/tables as CSV, Markdown, HTML and LaTeX, and the picture beside them"
     folder, typeset, first = Path(out) / "tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
     md = [f"{h}\n\n{page(flat(f)).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
     texts = dict(csv=cells(first if numbers is None else numbers).to_csv(index=numbers is None),
                  md="\n\n".join([f"# {markup(title)}", *md, listed(notes)]) + "\n",
-                 html="\n".join(t.as_raw_html() for t in typeset),
+                 html=table_page(frames, name, title, notes, behind or {}, forest.get_label() if forest else ""),
                  tex="\n".join(t.as_latex() for t in typeset).translate(_TEX))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
             with whole(folder / f"{name}.{suffix}") as part:
                 part.write_text(text, encoding="utf-8")
+        if forest:
+            with whole(folder / f"{name}.png") as part:
+                forest.savefig(part, format="png", dpi=160)
     except OSError as e:
         raise BadInput(f"Cannot write into {folder}: {e.strerror}; choose another folder with --out.") from None
     return [folder / f"{name}.{suffix}" for suffix in texts]
