@@ -41,7 +41,7 @@ def above(
 
 def interactive() -> dict: # name of a notebook -> function that gives HTML
     "Figures that answer, for the ends of chapters"
-    from tocoad.site.interactive import INTERACTIVE # its figures need torch, the command's help does not
+    from tocoad.site.interactive import INTERACTIVE  # its figures need torch, the command's help does not
     return INTERACTIVE
 
 # %% ../../nbs/site/8_build.ipynb #b006000f
