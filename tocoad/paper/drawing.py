@@ -61,11 +61,14 @@ def forest(
     fig = Figure(figsize=size, layout="constrained", dpi=80, label=_told(panels))
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (name, series) in zip(axes, panels.items(), strict=True):
-        _intervals(ax, series, labels)
+        if labels:
+            _intervals(ax, series, labels)
         ax.set_title(name, fontsize=10)
     axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .4, -.6))
     if not labels:
-        axes[0].text(.02, .5, "no paired difference is there yet", transform=axes[0].transAxes, va="center")
+        for ax in axes:
+            ax.set_axis_off()
+        axes[0].text(0, .5, "no paired difference is there yet", transform=axes[0].transAxes, va="center")
     handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
     fig.legend(*handles, loc="outside right upper", fontsize=9, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=9)

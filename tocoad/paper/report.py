@@ -68,7 +68,8 @@ def title(self: Results):
 def heading(self: Results):
     "What a single picture must say of itself, in few words"
     sets = " and ".join(map(label, self.runs.dataset.unique()))
-    return f"{sets}, profile {self.sheet['profile']}{mark(self.sheet['profile'])}, {named_seeds(self.sheet['seeds'])}"
+    profile = f"profile {self.sheet['profile']}{mark(self.sheet['profile'])}"
+    return ", ".join(filter(None, (sets, profile, named_seeds(self.sheet["seeds"]))))
 
 # %% ../../nbs/paper/report.ipynb #bfd6805e
 @patch(as_prop=True)

@@ -30,7 +30,7 @@ PAGE, WHOLE = 2e6, 25e6 # bytes
 def _leads(link, path, seen): # outside: whether it has the form of an address
     u = urlparse(link)
     if u.scheme or u.netloc:
-        return u.scheme == "data" or u.scheme == "https" and "." in u.netloc
+        return u.scheme == "data" or u.scheme in ("http", "https") and "." in u.netloc
     to = (path.parent / unquote(u.path)).resolve() if u.path else path
     return to.is_file() and (not u.fragment or to not in seen or unquote(u.fragment) in seen[to].ids)
 
