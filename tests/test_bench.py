@@ -107,6 +107,7 @@ def test_goals_tables_and_words(tmp_path):
     assert [t.get_text().split("  |  ")[0] for t in ax.get_yticklabels()] == [r["name"] for r in both["results"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("stage1", "stage2"))
 def test_copies_side_by_side_compute_the_same(stage):
     tiny = config("smoke", size=32, resize=32, batch=4, width=16)

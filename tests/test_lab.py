@@ -104,7 +104,7 @@ def test_the_page_is_short_and_each_exercise_is_solved(solution):
 @pytest.mark.parametrize("name, given", [
     ("change_one_thing", dict(profile="smoke", settings=dict(epochs1=1))),
     ("before_you_believe_it", dict(ideas=2, others=["grass"])),
-    ("for_contributors", {})])
+    pytest.param("for_contributors", {}, marks=pytest.mark.slow)])
 def test_notebook_runs_small(name, given, tmp_path):
     given = given | dict(seeds=[0, 1] if name.startswith("before") else [0], store=str(tmp_path / "store"))
     papermill.execute_notebook(str(LAB / f"{name}.ipynb"), str(tmp_path / "done.ipynb"), given, cwd=str(LAB),

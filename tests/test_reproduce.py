@@ -503,6 +503,7 @@ def test_bad_input_is_one_sentence(say, tmp_path, words, status, sentence):
 LITE = ["backbone=tf_efficientnet_lite0", "patches=mean", "dims=none", "textures=embedded", *TINY]
 
 
+@pytest.mark.slow
 def test_two_profiles_stand_side_by_side(say, tmp_path):
     "What `paper` changes is seen in one table; controls stand where batch norm takes new statistics"
     status, _, err = say(
