@@ -56,9 +56,7 @@ def chapter(
         line = above(name, site)
         made[0]["source"] = OPENS.sub(lambda m: f"{m[0].rstrip()}\n\n{line}\n\n", made[0]["source"], count=1)
     if name in interactive():
-        shown = dict(output_type="display_data", metadata={}, data={"text/html": interactive()[name]()})
-        bare = dict(source="", metadata=dict(tags=["remove-input"]), execution_count=None)
-        made += [text_cell("## Try it"), dict(cell_type="code", outputs=[shown], **bare)]
+        made += [text_cell("## Try it"), text_cell(interactive()[name]())]
     return made
 
 # %% ../../nbs/site/8_build.ipynb #b0060012
