@@ -135,7 +135,8 @@ def sphinx(
                        html_favicon=str(assets / "icon.svg"))
     with docutils_namespace():
         Sphinx(src, None, out, src.parent / "doctrees", "html", conf, None, said, freshenv=True).build()
-    shutil.rmtree(out / "_sources", ignore_errors=True)
+    for spare in ("_sources", "_static/locales"):
+        shutil.rmtree(out / spare, ignore_errors=True)
     for left in (*out.rglob("*.map"), *out.rglob("*-macros.html"), *out.glob(".buildinfo*")):
         left.unlink()
     return [re.sub("\x1b.*?m", "", line).replace(f"{src}/", "") for line in said.getvalue().splitlines()]
