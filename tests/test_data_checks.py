@@ -29,6 +29,16 @@ def test_a_sound_set_says_nothing(tmp_path):
     assert [n for n in read(toy(tmp_path)).notes if "recognised" not in n] == [] and verify(tmp_path).ok
 
 
+@pytest.mark.parametrize("n,seen", [((6, 10, 10), True), ((6, 9, 10), False)])
+def test_light_that_tells_defects(tmp_path, n, seen):
+    root = toy(tmp_path, n=n)
+    for p in (root / "cog/test/good").glob("*.png"):
+        Image.eval(Image.open(p), lambda v: v // 2).save(p)
+    notes = [x for x in read(root).notes if x.startswith("brightness alone")]
+    assert len(notes) == seen and [x.removeprefix("cog: ") for x in verify(root).remarks if "brightness" in x] == notes
+    assert not seen or "AUROC 100.0" in notes[0]
+
+
 HOW = { # how a picture gets to another place
     "copied": lambda a, b: shutil.copy(a, b),
     "linked": lambda a, b: b.symlink_to(os.path.relpath(a, b.parent)),

@@ -66,6 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tocoad.data.checks': { 'tocoad.data.checks.contradictions': ('data/checks.html#contradictions', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.groups': ('data/checks.html#groups', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.left_out': ('data/checks.html#left_out', 'tocoad/data/checks.py'),
+                                    'tocoad.data.checks.shortcut': ('data/checks.html#shortcut', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.strayed': ('data/checks.html#strayed', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.to_train': ('data/checks.html#to_train', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.unread': ('data/checks.html#unread', 'tocoad/data/checks.py'),

@@ -135,6 +135,7 @@ class Picture(NamedTuple):
     size: tuple # width, height, upright
     mode: str # Pillow's
     turn: int # of its EXIF note
+    level: float # mean of the pixels, 0 to 255
     content: str # a hash of the pixels
     peak: int | None # the largest number, where there are more than 8 bits
 
@@ -148,7 +149,7 @@ def squared(
     full, peak = rgb(im, top), int(np.max(im.getextrema())) if im.mode[0] == "I" else None
     pixels = np.asarray(square(full, size, shorter))
     content = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), content, peak)
+    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), float(pixels.mean()), content, peak)
 
 # %% ../../nbs/data/1_images.ipynb #8dc0afe4
 def read_image(

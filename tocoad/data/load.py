@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .cache import cached, fingerprint
-from .checks import contradictions, groups, left_out, strayed, to_train
+from .checks import contradictions, groups, left_out, shortcut, strayed, to_train
 from .depth import SCALES, deep, full_scale
 from .errors import BadInput, printable
 from .images import CLEAR, Category, Split, open_image, read_image
@@ -100,7 +100,7 @@ def _assemble(dataset, category, items, size, shorter, cast, folder, ours):
     contents = [p.content for p in about]
     moved = strayed(items, contents) if ours else []
     items = to_train(items, moved)
-    told += deep(*groups(items, [p.peak for p in about]))
+    told += deep(*groups(items, [p.peak for p in about])) + shortcut(*groups(items, [p.level for p in about]))
     told += contradictions(items, contents, lambda p: Path(os.path.relpath(p, folder)).as_posix())
     told += [f"{len(moved)} copies of training images were kept out of test"] * bool(moved)
     tensors, named = {}, []

@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .archives import SUMS, parts, write_sums
-from .checks import contradictions, groups, left_out, strayed, to_train, walk
+from .checks import contradictions, groups, left_out, shortcut, strayed, to_train, walk
 from .depth import deep
 from .errors import BadInput, one_of, printable
 from .images import SUFFIXES, Picture, open_image, squared
@@ -166,9 +166,10 @@ def _pairs(items, seen, dataset, r):
 def _doubts(category, items, seen, r):
     "Copies on both sides of the split or with both labels, and images of another depth"
     sound = [(i, p) for i in items if (p := seen[i.path].image)]
-    listed = contradictions([i for i, _ in sound], [p.content for _, p in sound])
+    its = [i for i, _ in sound]
+    listed = contradictions(its, [p.content for _, p in sound])
     try:
-        said = deep(*groups([i for i, _ in sound], [p.peak for _, p in sound]))
+        said = deep(*groups(its, [p.peak for _, p in sound])) + shortcut(*groups(its, [p.level for _, p in sound]))
         r.remarks += [f"{category}: {text}" for text in said]
     except BadInput as e:
         listed.append(str(e))
