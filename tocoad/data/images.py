@@ -102,7 +102,8 @@ def _whole(im):
         raise ValueError("floating-point pixels have no agreed range: store 8 or 16 bits")
     halved = ";16" in str(getattr(im, "tile", "")) and im.mode[0] != "I" # of two bytes the first is kept
     im.load()
-    low, high = np.min(im.getextrema()), np.max(im.getextrema()) if im.mode[0] == "I" or halved else 0
+    ends = im.getextrema() if im.mode[0] == "I" or halved else 0
+    low, high = np.min(ends), np.max(ends)
     if low < 0 or high > 65535:
         raise ValueError(f"pixels from {low} to {high} have no agreed range: store 8 or 16 bits")
     if halved and 0 < high < 16:
@@ -149,7 +150,8 @@ def squared(
     full, peak = rgb(im, top), int(np.max(im.getextrema())) if im.mode[0] == "I" else None
     pixels = np.asarray(square(full, size, shorter))
     content = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), float(pixels.mean()), content, peak)
+    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), pixels.sum(dtype=np.uint32) / pixels.size,
+                   content, peak)
 
 # %% ../../nbs/data/1_images.ipynb #8dc0afe4
 def read_image(
