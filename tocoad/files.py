@@ -62,8 +62,10 @@ def source_hash(*functions, also=()) -> str: # 16 hexadecimal digits
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/files.ipynb #5f1c9e03
-def _files(folder):
+def _files(folder): # or a file
     "Files below a folder by their names in it"
+    if Path(folder).is_file():
+        return [("", Path(folder))]
     return sorted((p.relative_to(folder).as_posix(), p) for p in Path(folder).rglob("*") if p.is_file())
 
 def folder_state(folder: Path | str) -> str: # 16 hexadecimal digits
@@ -75,7 +77,7 @@ def folder_state(folder: Path | str) -> str: # 16 hexadecimal digits
                            digest_size=8).hexdigest()
 
 def folder_content(folder: Path | str) -> str: # 16 hexadecimal digits
-    "A hash of the names and contents of the files below a folder"
+    "A hash of the names and contents of the files below a folder, or of a file's content"
     kept = cache_dir() / "contents" / folder_state(folder)
     with suppress(OSError):
         if len(found := kept.read_text()) == 16:

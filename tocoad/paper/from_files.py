@@ -20,12 +20,13 @@ from .report import Results
 from ..run import exchange
 from ..run.keys import chain
 from ..run.stages import between
+from ..systems.settings import PLACES
 
 # %% ../../nbs/paper/from_files.ipynb #fa110008
 def _given(made_from):
     "The settings behind a stage and behind what it reads, as they come out of JSON"
     read = [e["fields"] for e in made_from.get("read", ())]
-    found = {k: v for f in (made_from["fields"], *read) for k, v in f.items() if k not in ("textures", "weights")}
+    found = {k: v for f in (made_from["fields"], *read) for k, v in f.items() if k not in PLACES}
     return json.loads(json.dumps(found, default=list))
 
 def alike(

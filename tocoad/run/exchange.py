@@ -23,6 +23,7 @@ from ..data.errors import BadInput
 from ..files import whole
 from .keys import versions
 from .store import Store, read_sealed, write_sealed
+from ..systems.settings import PLACES
 from ..systems.system import SYSTEMS, find
 
 # %% ../../nbs/run/exchange.ipynb #5810504d
@@ -82,7 +83,7 @@ def _image_scores(r, store):
 def _outward(r, store):
     "A record as the file keeps it"
     out = {k: v for k, v in r.items() if k not in ("bytes", "tensors", "sha256")} # of the files in the store
-    out["config"] = r["config"] | {k: Path(r["config"][k]).name for k in ("textures", "weights") if r["config"].get(k)}
+    out["config"] = r["config"] | {k: Path(r["config"][k]).name for k in PLACES if r["config"].get(k)}
     values = {k: v for k, v in r["values"].items() if k != "pairs"}
     out["values"] = _short(values) if {"log", "curve"} & set(values) else values
     if r["stage"] in SCORED:
@@ -184,7 +185,7 @@ def _sets(store, records):
 def _outward_settings(s):
     "Settings of a table without folders of this machine"
     pairs = [x.partition("=") for x in s["settings"]]
-    return [f"{k}={Path(v).name if k in ('textures', 'weights') else v}" for k, _, v in pairs]
+    return [f"{k}={Path(v).name if k in PLACES else v}" for k, _, v in pairs]
 
 def _order(r):
     "Where a record stands in the file"

@@ -20,7 +20,7 @@ from ..data.errors import BadInput
 from ..files import folder_content
 from .components import UNTOLD, code_of
 from .source import version_of
-from ..systems.settings import Shared
+from ..systems.settings import PLACES, Shared
 from ..systems.system import PARTS, TOCOAD, Stage, System, system_of
 
 # %% ../../nbs/run/2_keys.ipynb #7427a7c8
@@ -123,8 +123,9 @@ def task(
     "The task of a stage, with its key"
     s, parts = does or STAGES[stage], parts or {}
     fields = {k: getattr(cfg, k) for k in s.fields if k not in ("weights", "precision")}
-    if Path(fields.get("textures") or "embedded").is_dir():
-        fields["textures"] = folder_content(fields["textures"])
+    for k in {*PLACES} & {*fields}:
+        if fields[k] and Path(fields[k]).exists():
+            fields[k] = folder_content(fields[k])
     about = dict(stage=stage, fields=fields, data=data, weights=weights if "weights" in s.fields else None,
                  code=code_of_stage(s, cfg), by=computed_by(cfg.precision, device), needs=[t.key for t in needs],
                  read=[_read(t) for t in needs] if s.judges else [],

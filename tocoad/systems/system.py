@@ -179,6 +179,16 @@ SYSTEMS["cflow"] = System("CFLOW-AD", {
         laptop=dict(epochs=3, lr=1e-3, angle=0.),
         **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))
 
+# %% ../../nbs/systems/2_system.ipynb #33b20001
+_SMALL_VIT = dict(vit="random", width=1 / 4, depth=4, batch=8)
+SYSTEMS["mmr"] = System("MMR", {
+    "mmr": Stage("systems.mmr.fit", (*_F, "vit", "width", "depth", "masked", "smallest", "epochs", "batch", "lr",
+                                     "betas", "decay"), work=9., epochs="epochs"),
+    "mmr_scores": Stage("systems.mmr.scores", (*_F, "width", "depth", "batch"), needs=("mmr",), work=3.6,
+                        reader="systems.rd4ad.maps_of", reads=("size", "sigma"), prepared="systems.mmr.prepared")},
+    "systems.mmr.Settings", (1,), profiles=dict(laptop=_SMALL_VIT | dict(epochs=8), lab=_SMALL_VIT | dict(epochs=8),
+                                                smoke=_SMALL_VIT | dict(epochs=4)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
