@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tocoad.data.cache.cached': ('data/cache.html#cached', 'tocoad/data/cache.py'),
                                    'tocoad.data.cache.fingerprint': ('data/cache.html#fingerprint', 'tocoad/data/cache.py')},
             'tocoad.data.checks': { 'tocoad.data.checks.contradictions': ('data/checks.html#contradictions', 'tocoad/data/checks.py'),
+                                    'tocoad.data.checks.few': ('data/checks.html#few', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.groups': ('data/checks.html#groups', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.left_out': ('data/checks.html#left_out', 'tocoad/data/checks.py'),
                                     'tocoad.data.checks.strayed': ('data/checks.html#strayed', 'tocoad/data/checks.py'),
