@@ -184,6 +184,7 @@ def fit(
     seed: int = 0, # of the order of images, and of the training
     quantile: float = .95, # share of held-out good images that the threshold lets pass
     most: int = 2000, # good images used at most
+    all_below: bool = False, # every image below --good is of a good part, whatever its folder is called
     export: Literal["onnx"] = None, # write features and scorer as ONNX files too: frozen, tocoad and patchcore
     set_: list[str] = (), device: str = None, quiet: bool = False,
 ):
@@ -195,7 +196,7 @@ def fit(
         if export:
             files.ask_for_onnx(cfg) # what is missing is said before the work
     writable(model.parent, "--model")
-    d = room.fit(good, cfg, system, quantile, most=most, device=device, progress=not quiet)
+    d = room.fit(good, cfg, system, quantile, most=most, all_below=all_below, device=device, progress=not quiet)
     written = [files.save(d, model), *(files.export_onnx(d, model.with_suffix("")) if export else ())]
     tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
@@ -210,7 +211,8 @@ def settle_own(system="frozen", profile="laptop", seed=0, set_=()): # options of
     if fixed := fixed & set(changes):
         raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --system; own parts have no data set, and "
                        "are squeezed to a square.")
-    cfg = config(profile, **changes, seed=seed)
+    whole = dict(resize=changes["size"]) if "size" in changes else {} # all of a part is squeezed into the square
+    cfg = config(profile, **changes | whole, seed=seed)
     check_settings(set_, cfg)
     known = kinds(Shared if s.kind is not type(cfg) else s.kind).keys() | {"textures"}
     for pair in set_:
@@ -225,7 +227,8 @@ def score(
     images: Path, # folder of images, searched with its sub-folders
     out: Path, # folder for scores.csv and heat maps
     maps: int = 100, # heat maps, of the worst
-    batch: int = None, # images at a time (default: as memory allows)
+    arrays: bool = False, # write these maps as numbers too: maps.npz
+    batch: int = None, # images at a time (default: 1, or 128 on a GPU)
     device: str = None, quiet: bool = False,
 ) -> int: # exit status
     "Score a folder of parts: table, decisions, heat maps"
@@ -233,8 +236,9 @@ def score(
     with wrong_command():
         if maps < 0 or batch is not None and batch < 1:
             raise BadInput(f"--maps {maps}, --batch {batch}: give 0 or more maps, and at least 1 image at a time.")
-    done = score.score(export.load(model, device), images, out, maps, batch, not quiet)
-    tell(done.text(), printable(f"Written: {out / 'scores.csv'}, summary.json, maps/"))
+    done = score.score(export.load(model, device), images, out, maps, batch, not quiet, arrays)
+    rest = [n for n in ("scores.csv", "worst.png", "maps.npz", "summary.json", "maps/") if (out / n).exists()]
+    tell(done.text(), printable(f"Written: {out / 'report.html'}, {', '.join(rest)}"))
     return say(done.problem) if done.problem else 0
 
 # %% ../nbs/cli.ipynb #fa6953e0

@@ -95,6 +95,8 @@ def load(
         F.weights_hash = about["weights"]
     return Detector(F, state, cfg, tensors["held"], about, device)
 
+Detector.load, Detector.save = staticmethod(load), save
+
 # %% ../../nbs/parts/3_export.ipynb #10fab576
 class ToPatches(nn.Module):
     "Images (B, 3, S, S) in [0, 1] to patches (B, h*w, d)"
