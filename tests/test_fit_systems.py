@@ -167,10 +167,12 @@ def test_onnx_equals_the_detector(good, parts, tmp_path, key):
     rt = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     d = fit(good, settings(key), key, device="cpu", progress=False)
-    first, second = map(rt.InferenceSession, export_onnx(d, tmp_path / "m"))
-    patches = first.run(None, {"images": parts.numpy() / np.float32(255)})[0]
-    top = second.run(None, {"patches": patches})[1]
-    np.testing.assert_allclose(top, d.judge(parts)[0], rtol=1e-4)
+    session = rt.InferenceSession(export_onnx(d, tmp_path / "m"))
+    score, defect, maps = session.run(None, {"images": parts.permute(0, 2, 3, 1).numpy()})
+    want, drawn = d.judge(parts)
+    np.testing.assert_allclose(score, want, rtol=1e-4)
+    np.testing.assert_allclose(maps, drawn, rtol=1e-4, atol=1e-4 * float(want.max()))
+    assert np.array_equal(defect, want > d.threshold)
 
 
 @pytest.mark.parametrize("key,change", [("tocoad", dict(image_score="map")), ("patchcore", dict(b=3))])

@@ -16,8 +16,7 @@ from PIL import Image
 
 from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
-from tocoad.method.memory import anomaly_maps
-from tocoad.parts.export import export_onnx, load, save
+from tocoad.parts.export import load, save
 from tocoad.parts.fit import Detector, fit, rank
 from tocoad.parts.pictures import LEAST, decoded, hash_order
 from tocoad.parts.score import MARK, Summary, results, score, scored
@@ -399,29 +398,6 @@ def test_a_damaged_file_never_loads(detector, tmp_path):
         turned = bytearray(data)
         turned[at] ^= 1 << int(rng.integers(8))
         refused(turned)
-
-
-@pytest.mark.parametrize("change", [{}, dict(scorer="paper", b=3), dict(patches="patchcore", dims=40)])
-def test_onnx_equals_torch(shop, tmp_path, change):
-    "With a free batch size, and for stored patches, whose distance is tiny"
-    rt = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    d = fit(shop / "good", CFG.replace(**change), progress=False)
-    first, second = map(rt.InferenceSession, export_onnx(d, tmp_path / "model"))
-    assert sorted(p.name for p in tmp_path.glob("*/*")) == ["features.onnx", "scorer.onnx"]
-    drawn = [draw("washer", k, size=SIZE)[0] for k in (0, 1, 2, 900, 901)]
-    x = torch.stack([torch.from_numpy(a).permute(2, 0, 1) for a in drawn])
-    for images in (x, x[:1]):
-        patches = first.run(None, {"images": images.numpy() / np.float32(255)})[0]
-        s, top = second.run(None, {"patches": patches})
-        want, maps = d.judge(images)
-        drawn = anomaly_maps(torch.from_numpy(s), (8, 8), SIZE, d.cfg.sigma)
-        torch.testing.assert_close(drawn, maps, rtol=1e-4, atol=1e-4 * float(want.max()))
-        torch.testing.assert_close(torch.from_numpy(top), want, rtol=1e-4, atol=0)
-    kept = torch.from_numpy(bank(d)[:64])
-    close = kept[None] + torch.tensor([0., 1e-3])[:, None, None]
-    s, near = second.run(None, {"patches": close.numpy()})[0], (close[1] - kept).norm(dim=1)
-    assert np.abs(s[0]).max() == 0 and ("b" in change or np.allclose(s[1], near, rtol=1e-4))
 
 
 def test_summary_reads_well():
