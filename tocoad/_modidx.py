@@ -935,7 +935,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tocoad.parts.score.Summary.text': ('parts/score.html#summary.text', 'tocoad/parts/score.py'),
                                     'tocoad.parts.score._draw_worst': ('parts/score.html#_draw_worst', 'tocoad/parts/score.py'),
                                     'tocoad.parts.score._facts': ('parts/score.html#_facts', 'tocoad/parts/score.py'),
-                                    'tocoad.parts.score._font': ('parts/score.html#_font', 'tocoad/parts/score.py'),
                                     'tocoad.parts.score._read': ('parts/score.html#_read', 'tocoad/parts/score.py'),
                                     'tocoad.parts.score._seen': ('parts/score.html#_seen', 'tocoad/parts/score.py'),
                                     'tocoad.parts.score._shifted': ('parts/score.html#_shifted', 'tocoad/parts/score.py'),

@@ -14,7 +14,6 @@ import re
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.font_manager import findfont
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.ndimage import binary_erosion
 from tqdm.auto import tqdm
@@ -75,19 +73,10 @@ def overlay(
     return Image.fromarray(out.round().astype(np.uint8))
 
 # %% ../../nbs/parts/2_score.ipynb #70d00001
-@cache
-def _font():
-    "The pictures' font, and the signs that it has"
-    path = findfont("DejaVu Sans")
-    return path, FT2Font(path).get_charmap().keys()
-
-def spelled(
-    name: str, most: int = 22, # any; signs kept
-) -> str:
-    "A name for a picture: what its font lacks is spelled out, and a long one keeps its end"
-    has = _font()[1]
-    text = "".join(c if ord(c) in has else ascii(c)[1:-1] for c in printable(name))
-    return text if len(text) <= most else "…" + text[1 - most:]
+def spelled(name: str, most: int = 22) -> str: # any; signs kept
+    "A name for a picture: signs beyond Cyrillic are spelled out, which its font lacks, and a long one keeps its end"
+    text = "".join(c if c < "\u0530" else ascii(c)[1:-1] for c in printable(name))
+    return text if len(text) <= most else "..." + text[3 - most:]
 
 # %% ../../nbs/parts/2_score.ipynb #f5b6bddc
 def contact_sheet(
@@ -95,7 +84,7 @@ def contact_sheet(
 ) -> Image.Image:
     "Pictures on one page, four in a row"
     wide, tall = side + 8, side + side // 8 + 8
-    font = ImageFont.truetype(_font()[0], side // 17)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), side // 17)
     page = Image.new("RGB", (min(4, len(tiles)) * wide + 8, -(-len(tiles) // 4) * tall + 8), "white")
     pen = ImageDraw.Draw(page)
     for i, (im, ratio, name) in enumerate(tiles):
