@@ -23,7 +23,7 @@ def moved(room, old, new):
 
 @pytest.mark.parametrize("room,old,new", [
     ("data.layouts", "LAYOUTS = {", 'LAYOUTS = {"flat": Layout(holding("flat"), read_folder, "<category>/flat"),'),
-    ("data.layouts", "short = m.stem.removesuffix", "short = m.name.removesuffix"),
+    ("data.layouts", "short = (whole := _stem(m))", "short = (whole := m.name)"),
     ("data.mini", "r - 0.56", "r - 0.57"), ("data.mini", "_bevel", "_slope"), ("data.load", "min(32,", "min(16,"),
     ("data.archives", "else 2.5", "else 3.5"), ("data.verify", "w not in (None, n)", "w != n"),
     ("data.sets", "952", "953"), ("data.images", "linewidths=1.2", "linewidths=1.5"),

@@ -67,10 +67,10 @@ def test_a_model_file_gives_the_same_bits(made, parts, monkeypatch):
     key, d, path = made
     monkeypatch.setattr("tocoad.method.weights.weights_path", lambda *a: pytest.fail("weights were asked for"))
     back = load(path, "cpu")
-    for was, now in zip(d(parts), back(parts), strict=True):
+    for was, now in zip(d.judge(parts), back.judge(parts), strict=True):
         assert now.dtype == torch.float32 and now.isfinite().all() and torch.equal(was, now)
     assert (back.cfg, back.threshold, back.about) == (d.cfg, d.threshold, json.loads(json.dumps(d.about)))
-    assert 0 < d.threshold and d(parts)[1].shape == (7, SIZE, SIZE)
+    assert 0 < d.threshold and d.judge(parts)[1].shape == (7, SIZE, SIZE)
     assert system_of(back.cfg) is SYSTEMS[key] and f"system        {SYSTEMS[key].name}" in back.text()
 
 
@@ -87,15 +87,15 @@ def test_scores_are_those_of_the_stages_of_a_run(made, good, parts):
         got[name] = find(does.function)(given(c, does), data, before, {}, "cpu", False)
     image, maps = shown(last_of(c), got[name][1])
     least = np.float32(last_of(c).does.least)
-    assert all(np.array_equal(x, y - least) for x, y in zip(d(parts), (image, maps), strict=True))
+    assert all(np.array_equal(x, y - least) for x, y in zip(d.judge(parts), (image, maps), strict=True))
     assert image.min() >= least
 
 
 def test_a_score_depends_on_its_picture_alone(made, parts):
     _, d, _ = made
-    scores, maps = d(parts)
+    scores, maps = d.judge(parts)
     for i in ([2], [6, 0], [3, 4, 5]):
-        alone, drawn = d(parts[i])
+        alone, drawn = d.judge(parts[i])
         torch.testing.assert_close(alone, scores[i], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(drawn, maps[i], rtol=1e-3, atol=1e-3)
 
@@ -104,7 +104,7 @@ def test_the_threshold_is_the_held_out_parts(made, good):
     "Of good parts that nothing was learned from, and of nothing else"
     from tocoad.parts.fit import read_good
     _, d, _ = made
-    held = d(read_good(good, SIZE, seed=d.cfg.seed)[0][:3])[0].sort().values
+    held = d.judge(read_good(good, SIZE, seed=d.cfg.seed)[0][:3])[0].sort().values
     torch.testing.assert_close(held, d.held, rtol=1e-4, atol=1e-6)
     assert d.threshold == pytest.approx(float(d.held[-1]), rel=1e-4) and d.threshold > float(d.held[-1])
     assert d.about["low"] < d.about["limit"]
@@ -112,7 +112,7 @@ def test_the_threshold_is_the_held_out_parts(made, good):
 
 def test_a_missing_part_scores_above_good_ones(made, parts):
     key, d, _ = made
-    scores = d(parts)[0]
+    scores = d.judge(parts)[0]
     assert key not in SEES or scores[4:].median() > scores[:4].max()
 
 
@@ -124,7 +124,7 @@ def test_a_folder_is_scored(made, parts, tmp_path):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / f"parts/{k}.png")
     done = score(load(path, "cpu"), tmp_path / "parts", tmp_path / "out", maps=2, progress=False)
     assert (done.images, done.unreadable, len(done.heat_maps)) == (4, 0, 2)
-    want = dict(zip((f"{k}.png" for k in range(4)), d(parts[2:6])[0].tolist(), strict=True))
+    want = dict(zip((f"{k}.png" for k in range(4)), d.judge(parts[2:6])[0].tolist(), strict=True))
     assert {n: s for n, s, _ in done.scores} == pytest.approx(want, rel=1e-4, abs=1e-5)
 
 
@@ -133,10 +133,10 @@ def test_another_process_gives_the_same_bits(made, parts, tmp_path):
     _, d, path = made
     torch.save(parts, tmp_path / "x.pt")
     code = ("import sys, torch; from tocoad.parts.export import load; torch.set_num_threads(1); "
-            "torch.save(load(sys.argv[1], 'cpu')(torch.load(sys.argv[2])), sys.argv[3])")
+            "torch.save(load(sys.argv[1], 'cpu').judge(torch.load(sys.argv[2])), sys.argv[3])")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    want = d(parts)
+    want = d.judge(parts)
     torch.set_num_threads(threads)
     subprocess.run([sys.executable, "-c", code, path, tmp_path / "x.pt", tmp_path / "y.pt"], check=True)
     for was, now in zip(want, torch.load(tmp_path / "y.pt"), strict=True):
@@ -167,10 +167,12 @@ def test_onnx_equals_the_detector(good, parts, tmp_path, key):
     rt = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     d = fit(good, settings(key), key, device="cpu", progress=False)
-    first, second = map(rt.InferenceSession, export_onnx(d, tmp_path / "m"))
-    patches = first.run(None, {"images": parts.numpy() / np.float32(255)})[0]
-    top = second.run(None, {"patches": patches})[1]
-    np.testing.assert_allclose(top, d(parts)[0], rtol=1e-4)
+    session = rt.InferenceSession(export_onnx(d, tmp_path / "m"))
+    score, defect, maps = session.run(None, {"images": parts.permute(0, 2, 3, 1).numpy()})
+    want, drawn = d.judge(parts)
+    np.testing.assert_allclose(score, want, rtol=1e-4)
+    np.testing.assert_allclose(maps, drawn, rtol=1e-4, atol=1e-4 * float(want.max()))
+    assert np.array_equal(defect, want > d.threshold)
 
 
 @pytest.mark.parametrize("key,change", [("tocoad", dict(image_score="map")), ("patchcore", dict(b=3))])
@@ -188,7 +190,7 @@ def test_a_system_of_ones_own(good, parts, tmp_path, monkeypatch):
     d = fit(good, mine.of(BASE, "mine", channels=20), "mine", device="cpu", progress=False)
     back = load(save(d, tmp_path / "m"), "cpu")
     usual = fit(good, settings("padim"), "padim", device="cpu", progress=False)
-    assert torch.equal(back(parts)[0], usual(parts)[0]) and back.threshold == usual.threshold
+    assert torch.equal(back.judge(parts)[0], usual.judge(parts)[0]) and back.threshold == usual.threshold
     monkeypatch.delitem(SYSTEMS, "mine")
     with pytest.raises(BadInput, match="the system of .* cannot be 'mine': take ") as e:
         load(tmp_path / "m", "cpu")
@@ -207,7 +209,7 @@ def test_a_file_of_the_time_when_there_was_one_system(good, parts, tmp_path):
     meta = export.KIND | dict(about=said, content=export._content(said, tensors))
     (tmp_path / "old").write_bytes(export.to_bytes(tensors, meta))
     back = load(tmp_path / "old", "cpu")
-    for was, now in zip(d(parts), back(parts), strict=True):
+    for was, now in zip(d.judge(parts), back.judge(parts), strict=True):
         assert torch.equal(was, now)
     assert (back.threshold, back.cfg) == (d.threshold, d.cfg)
     assert back.text() == d.text()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Profile', 'COMMANDS', 'GROUPS', 'settle', 'run', 'reproduce', 'data_list', 'data_get', 'data_verify', 'data_write',
-           'fit', 'settle_own', 'score', 'bench', 'docs', 'main']
+           'fit', 'settle_own', 'score', 'threshold', 'bench', 'docs', 'main']
 
 # %% ../nbs/cli.ipynb #2dec1fad
 import json
@@ -184,7 +184,8 @@ def fit(
     seed: int = 0, # of the order of images, and of the training
     quantile: float = .95, # share of held-out good images that the threshold lets pass
     most: int = 2000, # good images used at most
-    export: Literal["onnx"] = None, # write features and scorer as ONNX files too: frozen, tocoad and patchcore
+    all_below: bool = False, # every image below --good is of a good part, whatever its folder is called
+    export: Literal["onnx"] = None, # write an ONNX graph too: frozen, tocoad and patchcore
     set_: list[str] = (), device: str = None, quiet: bool = False,
 ):
     "Learn from a folder of good parts"
@@ -193,10 +194,10 @@ def fit(
     with wrong_command():
         cfg = room.own(settle_own(system, profile, seed, set_), good, system, quantile, most=most)
         if export:
-            files.ask_for_onnx(cfg) # what is missing is said before the work
+            files.ask_for_onnx(cfg, model) # what is missing is said before the work
     writable(model.parent, "--model")
-    d = room.fit(good, cfg, system, quantile, most=most, device=device, progress=not quiet)
-    written = [files.save(d, model), *(files.export_onnx(d, model.with_suffix("")) if export else ())]
+    d = room.fit(good, cfg, system, quantile, most=most, all_below=all_below, device=device, progress=not quiet)
+    written = [files.save(d, model)] + ([files.export_onnx(d, model)] if export else [])
     tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
 # %% ../nbs/cli.ipynb #fae1a3cb
@@ -210,7 +211,8 @@ def settle_own(system="frozen", profile="laptop", seed=0, set_=()): # options of
     if fixed := fixed & set(changes):
         raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --system; own parts have no data set, and "
                        "are squeezed to a square.")
-    cfg = config(profile, **changes, seed=seed)
+    whole = dict(resize=changes["size"]) if "size" in changes else {} # all of a part is squeezed into the square
+    cfg = config(profile, **changes | whole, seed=seed)
     check_settings(set_, cfg)
     known = kinds(Shared if s.kind is not type(cfg) else s.kind).keys() | {"textures"}
     for pair in set_:
@@ -225,7 +227,8 @@ def score(
     images: Path, # folder of images, searched with its sub-folders
     out: Path, # folder for scores.csv and heat maps
     maps: int = 100, # heat maps, of the worst
-    batch: int = None, # images at a time (default: as memory allows)
+    arrays: bool = False, # write these maps as numbers too: maps.npz
+    batch: int = None, # images at a time (default: 1, or 128 on a GPU)
     device: str = None, quiet: bool = False,
 ) -> int: # exit status
     "Score a folder of parts: table, decisions, heat maps"
@@ -233,9 +236,30 @@ def score(
     with wrong_command():
         if maps < 0 or batch is not None and batch < 1:
             raise BadInput(f"--maps {maps}, --batch {batch}: give 0 or more maps, and at least 1 image at a time.")
-    done = score.score(export.load(model, device), images, out, maps, batch, not quiet)
-    tell(done.text(), printable(f"Written: {out / 'scores.csv'}, summary.json, maps/"))
+    done = score.score(export.load(model, device), images, out, maps, batch, not quiet, arrays)
+    rest = [n for n in ("scores.csv", "worst.png", "maps.npz", "summary.json", "maps/") if (out / n).exists()]
+    tell(done.text(), printable(f"Written: {out / 'report.html'}, {', '.join(rest)}"))
     return say(done.problem) if done.problem else 0
+
+# %% ../nbs/cli.ipynb #70f00001
+def threshold(
+    *, model: Path, # file that `tocoad fit` wrote
+    quantile: float = None, # share of good parts that should pass, such as 0.9
+    false_alarms: float = None, # or the share of them that may be called defective, such as 0.1
+    to: Path = None, # model file to write (default: --model itself)
+    export: Literal["onnx"] = None, # write its ONNX graph too
+):
+    "Move the threshold of a model without another fit, and say what it promises"
+    from tocoad.parts import export as files
+    with wrong_command():
+        if (quantile is None) == (false_alarms is None):
+            raise BadInput("give one of --quantile and --false-alarms, such as --quantile 0.9")
+        d, to = files.load(model, "cpu"), to or model
+        d = d.at(quantile if false_alarms is None else 1 - false_alarms)
+        if export:
+            files.ask_for_onnx(d.cfg, to)
+    written = [files.save(d, to)] + ([files.export_onnx(d, to)] if export else [])
+    tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
 # %% ../nbs/cli.ipynb #fa6953e0
 def bench(
@@ -272,7 +296,7 @@ def docs(
     return say(f"{len(found)} places of the site are wrong, as listed above") if found else 0
 
 # %% ../nbs/cli.ipynb #62341e1f
-COMMANDS = (run, reproduce, data_list, data_get, data_verify, data_write, fit, score, bench, docs,
+COMMANDS = (run, reproduce, data_list, data_get, data_verify, data_write, fit, score, threshold, bench, docs,
             runs_list, runs_show, runs_prune, runs_export, runs_import, runs_check)
 GROUPS = dict(data="list, get, verify or write data sets", runs="list, show, prune, export, import or check runs")
 

@@ -7,6 +7,7 @@ __all__ = ['FOLDERS', 'MINI', 'PROFILE_OF', 'METRICS', 'TRAINING', 'datasets', '
            'groups', 'against', 'metrics_of', 'wanted', 'stages_of', 'outline']
 
 # %% ../../nbs/paper/plan.ipynb #7543b794
+import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -121,7 +122,7 @@ def place(self: Options):
 # %% ../../nbs/paper/plan.ipynb #8c5c3a0c
 def _words(x):
     "Words of a text, or items of a list"
-    return tuple(x.replace(",", " ").split()) if isinstance(x, str) else tuple(np.atleast_1d(x).tolist())
+    return tuple(re.sub("[][(),]", " ", x).split()) if isinstance(x, str) else tuple(np.atleast_1d(x).tolist())
 
 def options(
     profile: str = "smoke", root=None, seeds=(0,), categories=None, # see `Options`
@@ -131,7 +132,8 @@ def options(
     "`Options` from a notebook's parameters"
     root, store = (None if x is None else str(x) for x in (root, store))
     categories = _words(categories) if categories else None
-    seeds, folders = tuple(int(s) if isinstance(s, str) else s for s in _words(seeds)), tuple(map(str, folders))
+    number = lambda s: int(s) if re.fullmatch("-?[0-9]+", str(s)) else s
+    seeds, folders = tuple(map(number, _words(seeds))), tuple(map(str, folders))
     systems = _words(systems) if systems else None
     return Options(profile, root, seeds, categories, _words(settings), store, device, folders, systems)
 

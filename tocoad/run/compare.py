@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from ..data.checks import few
 from ..data.errors import BadInput, one_of, printable
 from ..data.images import Category, crop
 from ..data.load import load
@@ -296,7 +297,8 @@ def compare(
     "Train and score every method with every seed on one category"
     start, device, seeds = time.perf_counter(), find_device(device), distinct(seeds)
     data, methods = data or load_at(*at(cfg, root)), methods or methods_for(cfg)
-    data = replace(data, fingerprint=content(data)) # of what is in memory now
+    notes = tuple(dict.fromkeys([*data.notes, *few(len(data.train))]))
+    data = replace(data, fingerprint=content(data), notes=notes) # as it is in memory now
     methods, left = methods if isinstance(methods, dict) else dict.fromkeys(methods), {}
     for m, change in methods.items():
         c, parts, system = member(cfg, m, change)
