@@ -198,6 +198,19 @@ SYSTEMS["destseg"] = System("DeSTSeg", {
         laptop=_EIGHTH | dict(steps1=400, steps2=200), lab=_EIGHTH | dict(steps1=120, steps2=80),
         smoke=_EIGHTH | dict(steps1=50, steps2=40)))
 
+# %% ../../nbs/systems/2_system.ipynb #71ad0100
+_VTADL = "precision", "compile", "size", "seed", "tokens", "width", "depth", "components", "density", "batch"
+_TOKENS = 3.8 # GFLOP
+_NARROW = dict(width=1 / 8, depth=3, lr=3e-3)
+SYSTEMS["vtadl"] = System("VT-ADL", {
+    "vtadl": Stage("systems.vtadl.fit", (*_VTADL, "noise", "epochs", "lr", "decay"), work=3., epochs="epochs",
+                   gflop=_TOKENS),
+    "vtadl_scores": Stage("systems.vtadl.scores", _VTADL, needs=("vtadl",), gflop=_TOKENS,
+                          reader="systems.vtadl.maps_of", reads=("size", "sigma"), prepared="systems.vtadl.prepared",
+                          least=-1.)},
+    "systems.vtadl.Settings", (3,), profiles=dict(
+        laptop=_NARROW | dict(epochs=16), **dict.fromkeys(("smoke", "lab"), _NARROW | dict(epochs=20))))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
