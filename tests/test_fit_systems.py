@@ -23,8 +23,8 @@ from tocoad.systems.settings import kinds
 from tocoad.systems.system import SYSTEMS, System, find, system_of
 
 SIZE = 64
-QUICK = dict(epochs=2, epochs1=1, epochs2=1, batch=4, blocks=2, condition=8, fibre=64, angle=0., width=1 / 16, lr=1e-3,
-             channels=20, gallery=3, coreset=.2, textures="embedded") # of those that a system has
+QUICK = dict(epochs=2, epochs1=1, epochs2=1, steps1=2, steps2=2, batch=4, blocks=2, condition=8, fibre=64, angle=0.,
+             width=1 / 16, lr=1e-3, channels=20, gallery=3, coreset=.2, textures="embedded") # of those it has
 BASE = config("smoke", resize=SIZE, size=SIZE, sigma=2., epochs1=1, epochs2=1, batch=4, coreset=.2)
 WITH_ONNX = {"frozen", "tocoad", "patchcore"}
 SEES = {"frozen", "tocoad", "padim", "patchcore", "fapm"} # the others need more images or epochs than these

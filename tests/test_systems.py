@@ -12,8 +12,8 @@ from tocoad.run.keys import chain, scored
 from tocoad.systems.settings import kinds
 from tocoad.systems.system import SYSTEMS, find
 
-QUICK = dict(epochs=2, batch=4, blocks=2, condition=8, fibre=64, angle=0., width=1 / 16, lr=1e-3, channels=20,
-             gallery=3, coreset=.2, textures="embedded") # of those that a system has
+QUICK = dict(epochs=2, steps1=2, steps2=2, batch=4, blocks=2, condition=8, fibre=64, angle=0., width=1 / 16, lr=1e-3,
+             channels=20, gallery=3, coreset=.2, textures="embedded") # of those that a system has
 OTHERS = [k for k in SYSTEMS if k not in ("frozen", "tocoad")]
 DRAWS = set(OTHERS) - {"spade"} # SPADE has nothing to draw
 

@@ -40,7 +40,8 @@ def _work(does, c, n):
     many, _, few = does.epochs.partition("/")
     epochs = getattr(c, many) if many else 1
     narrow = c.width**2 if does.gflop else 1
-    return n * does.work * narrow * (epochs // (getattr(c, few) or 1) if few else epochs)
+    seen = c.batch if many.startswith("steps") else n
+    return seen * (does.work * narrow + does.fixed) * (epochs // (getattr(c, few) or 1) if few else epochs)
 
 # %% ../../nbs/paper/hours.ipynb #c9133d38
 def _rate_of(stage, c, kind):

@@ -23,8 +23,9 @@ class Stage:
     parts: tuple = () # components that may be replaced in it
     needs: tuple = () # stages before it, as far as they are there
     work: float = 1. # rough cost of one image and epoch in forward passes of F
-    epochs: str = "" # the setting that counts its epochs, or "a/b"
+    epochs: str = "" # the setting that counts its epochs, "a/b", or one named "steps...", of `batch` images each
     gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, `width` 1
+    fixed: float = 0. # further work that `width` does not change, in the same passes
     reader: str | Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
     reads: tuple = () # settings that the reader is given
     prepared: str | Callable = "" # (settings, got, parts, device) -> what gives such arrays of any images
@@ -179,6 +180,37 @@ SYSTEMS["cflow"] = System("CFLOW-AD", {
         laptop=dict(epochs=3, lr=1e-3, angle=0.),
         **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))
 
+# %% ../../nbs/systems/2_system.ipynb #de570100
+_DESTSEG = dict(gflop=62.5 * (224 / 256)**2, fixed=.06) # of the segmentation; the teacher beside it
+_STUDENT = 10.7 / 62.5 # beside it too
+_DRAWN = "textures", "scales", "threshold", "beta", "rotate", "angle", "fill", "batch", "momentum", "decay"
+_EIGHTH = dict(width=1 / 8, batch=8, lr_rest=.1, textures="embedded")
+SYSTEMS["destseg"] = System("DeSTSeg", {
+    "destseg": Stage("systems.destseg.fit_student", (*_F, *_DRAWN, "width", "steps1", "lr1"), work=3 * _STUDENT,
+                     epochs="steps1", **_DESTSEG),
+    "destseg_segment": Stage(
+        "systems.destseg.fit_segment", (*_F, *_DRAWN, "width", "steps2", "lr_blocks", "lr_rest", "gamma"),
+        needs=("destseg",), work=3 + _STUDENT, epochs="steps2", **_DESTSEG),
+    "destseg_scores": Stage(
+        "systems.destseg.scores", (*_F, "width", "batch"), needs=("destseg", "destseg_segment"), work=1 + _STUDENT,
+        reader="systems.destseg.maps_of", reads=("size", "top"), prepared="systems.destseg.prepared", **_DESTSEG)},
+    "systems.destseg.Settings", (1,), profiles=dict(
+        laptop=_EIGHTH | dict(steps1=400, steps2=200), lab=_EIGHTH | dict(steps1=120, steps2=80),
+        smoke=_EIGHTH | dict(steps1=50, steps2=40)))
+
+# %% ../../nbs/systems/2_system.ipynb #71ad0100
+_VTADL = "precision", "compile", "size", "seed", "tokens", "width", "depth", "components", "density", "batch"
+_TOKENS = 3.8 # GFLOP
+_NARROW = dict(width=1 / 8, depth=3, lr=3e-3)
+SYSTEMS["vtadl"] = System("VT-ADL", {
+    "vtadl": Stage("systems.vtadl.fit", (*_VTADL, "noise", "epochs", "lr", "decay"), work=3., epochs="epochs",
+                   gflop=_TOKENS),
+    "vtadl_scores": Stage("systems.vtadl.scores", _VTADL, needs=("vtadl",), gflop=_TOKENS,
+                          reader="systems.vtadl.maps_of", reads=("size", "sigma"), prepared="systems.vtadl.prepared",
+                          least=-1.)},
+    "systems.vtadl.Settings", (3,), profiles=dict(
+        laptop=_NARROW | dict(epochs=16), **dict.fromkeys(("smoke", "lab"), _NARROW | dict(epochs=20))))
+
 # %% ../../nbs/systems/2_system.ipynb #33b20001
 _SMALL_VIT = dict(vit="random", width=1 / 4, depth=4, batch=8)
 SYSTEMS["mmr"] = System("MMR", {
@@ -201,7 +233,8 @@ def departures(
     c: Shared, # settings of a system
 ) -> str: # such as "epochs 4 (200), width 0.25 (1.0)"; "" if there are none
     "What settings of its own differ from the published ones, which stand in brackets"
-    usual = {f.name: f.default for f in fields(c) if f.name not in kinds(Shared)}
+    alike = {(f.name, f.default) for f in fields(Shared)}
+    usual = {f.name: f.default for f in fields(c) if f.name != "method" and (f.name, f.default) not in alike}
     if getattr(c, "textures", None) != "embedded": # where a folder lies is no departure
         usual.pop("textures", None)
     return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
