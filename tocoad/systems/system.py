@@ -24,7 +24,8 @@ class Stage:
     needs: tuple = () # stages before it, as far as they are there
     work: float = 1. # rough cost of one image and epoch in forward passes of F
     epochs: str = "" # the setting that counts its epochs, or "a/b"
-    gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, `width` 1
+    gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, published widths
+    share: Callable = lambda c: c.width**2 # of `gflop` that settings leave
     reader: str | Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
     reads: tuple = () # settings that the reader is given
     prepared: str | Callable = "" # (settings, got, parts, device) -> what gives such arrays of any images
@@ -178,6 +179,19 @@ SYSTEMS["cflow"] = System("CFLOW-AD", {
     "systems.cflow.Settings", (1, 2), profiles=dict(
         laptop=dict(epochs=3, lr=1e-3, angle=0.),
         **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))
+
+# %% ../../nbs/systems/2_system.ipynb #5b9000e1
+_SPR = "precision", "compile", "size", "seed", "width", "shrink", "batch", "spread"
+_THIN = dict(width=1 / 8, shrink=2, batch=4, lr=2e-3, latest=.05, times=(.05,), pool=11)
+_SCORE = dict(gflop=45 * (224 / 192)**2, share=lambda c: (c.width / c.shrink)**2)
+SYSTEMS["spr"] = System("SPR", {
+    "spr": Stage("systems.spr.fit", (*_SPR, "epochs", "lr", "decay", "average", "latest"), work=3., epochs="epochs",
+                 **_SCORE),
+    "spr_scores": Stage("systems.spr.scores", (*_SPR, "times", "draws"), needs=("spr",), work=3.,
+                        reader="systems.spr.maps_of", reads=("size", "pool"), prepared="systems.spr.prepared",
+                        **_SCORE)},
+    "systems.spr.Settings", (3,), profiles=dict(laptop=_THIN | dict(epochs=12), lab=_THIN | dict(epochs=12),
+                                                smoke=_THIN | dict(epochs=8)))
 
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
