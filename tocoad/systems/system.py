@@ -193,6 +193,26 @@ SYSTEMS["spr"] = System("SPR", {
     "systems.spr.Settings", (3,), profiles=dict(laptop=_THIN | dict(epochs=12), lab=_THIN | dict(epochs=12),
                                                 smoke=_THIN | dict(epochs=8)))
 
+# %% ../../nbs/systems/2_system.ipynb #9f1000e1
+_FLOW = (*_F, "encoder", "channels", "levels", "stacks", "kernel", "volume", "batch")
+_QUICK = dict(encoder="F", kernel=3, stacks=2)
+_LAYER1 = dict(resnet18=64, tf_efficientnet_lite0=24) # channels
+
+def _pyramids(c):
+    "Share of the published flow's operations"
+    channels = dict(F=_LAYER1.get(c.backbone, 256), resnet18=64, colours=4 * c.channels) # on a grid four times as fine
+    return c.stacks / 4 * (c.kernel / 7 * channels[c.encoder] / 64)**2
+
+_PYRAMIDS = dict(gflop=960 * (224 / 1024)**2, share=_pyramids)
+SYSTEMS["pyramidflow"] = System("PyramidFlow", {
+    "pyramidflow": Stage("systems.pyramidflow.fit", (*_FLOW, "turns", "epochs", "lr", "decay", "clip"), work=3.,
+                         epochs="epochs", **_PYRAMIDS),
+    "pyramidflow_scores": Stage("systems.pyramidflow.scores", _FLOW, needs=("pyramidflow",),
+                                reader="systems.pyramidflow.maps_of", reads=("size",),
+                                prepared="systems.pyramidflow.prepared", **_PYRAMIDS)},
+    "systems.pyramidflow.Settings", (1,), profiles=dict(
+        laptop=_QUICK | dict(epochs=3), **dict.fromkeys(("smoke", "lab"), _QUICK | dict(epochs=5))))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
