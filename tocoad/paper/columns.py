@@ -22,7 +22,8 @@ def _ours(r, method, metrics, known, at):
     "Our columns of a method in Tables 1-3; `known`: the paper's values, NaN where there is none"
     v = [value(r, method, k, *at) for k in metrics]
     less = [x.mean - k if len(x.of) >= len(x.every) else np.nan for x, k in zip(v, known, strict=True)]
-    out = {"ours": _pair(map(str, v)), "ours - published": _pair("-" if np.isnan(d) else f"{d:+.2f}" for d in less)}
+    said = ["-" if k in published.lacks(method) else str(x) for k, x in zip(metrics, v, strict=True)]
+    out = {"ours": _pair(said), "ours - published": _pair("-" if np.isnan(d) else f"{d:+.2f}" for d in less)}
     return out | {"D's pull, %": str(value(r, method, "pull", *at)), "training": training(r, method, *at) or "-"}
 
 def _cells(r, method, metrics, known, real, at): # real: the metrics that the published cell holds
@@ -68,6 +69,8 @@ def gains(r: Results, base: str = "frozen F", beyond: str = "") -> pd.DataFrame:
             if beyond:
                 out[m, "ours"] = str(value(r, m, beyond, *at))
             for k in metrics if m != base else ():
+                if k in published.lacks(m):
+                    continue
                 out[m, f"vs {base}" if beyond else label(k)] = gain_text(r, m, base, k, *at)
         return out
     return frame_of({label(name): cells(*at) for name, *at in lines(r)})

@@ -39,9 +39,9 @@ def _work(does, c, n):
     "Images that a stage passes through its nets, training passes counted by their cost"
     many, _, few = does.epochs.partition("/")
     epochs = getattr(c, many) if many else 1
-    narrow = c.width**2 if does.gflop else 1
+    narrow = does.share(c) if does.gflop else 1
     seen = c.batch if many.startswith("steps") else n
-    return seen * (does.work * narrow + does.fixed) * (epochs // (getattr(c, few) or 1) if few else epochs)
+    return seen * does.work * narrow * (epochs // (getattr(c, few) or 1) if few else epochs)
 
 # %% ../../nbs/paper/hours.ipynb #c9133d38
 def _rate_of(stage, c, kind):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'TEXTURES', 'OBJECTS', 'STATED', 'DEFAULT', 'table', 'members', 'Cell', 'cell', 'wide', 'label',
-           'printed', 'printed_metrics', 'holds', 'elsewhere', 'recompute', 'averages', 'audit', 'counts',
+           'printed', 'printed_metrics', 'holds', 'lacks', 'elsewhere', 'recompute', 'averages', 'audit', 'counts',
            'count_audit', 'configurations', 'Remark', 'Remarks', 'remarks']
 
 # %% ../../nbs/paper/published.ipynb #cf28f892
@@ -140,6 +140,12 @@ def holds(
     usual = tuple(printed_metrics(n))
     kept = (n, method, category) == (1, "RD4AD", "total_avg") # the one cell of its column that is what it says
     return usual if kept else _HOLDS.get((n, method), usual)
+
+def lacks(
+    method: str, # a column
+) -> tuple: # of metrics
+    "What cannot be said of a system, since it scores no images"
+    return ("image_auroc",) if method == "PyramidFlow" else ()
 
 # %% ../../nbs/paper/published.ipynb #4353b62c
 def elsewhere() -> pd.DataFrame: # method, dataset, category, metric, value, source

@@ -31,7 +31,9 @@ class Claim:
 
     @property
     def metrics(self):
-        return printed_metrics(self.table) if self.table < 4 else ["image_auroc", "pixel_auroc"]
+        every = printed_metrics(self.table) if self.table < 4 else ["image_auroc", "pixel_auroc"]
+        lacking = {m for pair in self.pairs for row in pair for m in published.lacks(row)}
+        return [m for m in every if m not in lacking]
 
     @property
     def sets(self): # the data set that the paper means

@@ -31,7 +31,8 @@ def check_textures(
         ask_for_textures(SimpleNamespace(generator=getattr(c, "generator", "perlin"), textures=c.textures))
 
 def given(c, does): # settings of a system, a `Stage`
-    "The settings that a stage is given"
+    "The settings that a stage is given, with the rules of the category replaced"
+    c = c.resolved()
     return SimpleNamespace(**{k: getattr(c, k) for k in does.fields})
 
 # %% ../../nbs/systems/6_learned.ipynb #5e1a0012

@@ -24,8 +24,8 @@ class Stage:
     needs: tuple = () # stages before it, as far as they are there
     work: float = 1. # rough cost of one image and epoch in forward passes of F
     epochs: str = "" # the setting that counts its epochs, "a/b", or one named "steps...", of `batch` images each
-    gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, `width` 1
-    fixed: float = 0. # further work that `width` does not change, in the same passes
+    gflop: float = 0. # one forward pass of nets of its own instead of F's, an image at 224, published widths
+    share: Callable = lambda c: c.width**2 # of `gflop` that settings leave
     reader: str | Callable = "" # (arrays, settings) -> image scores, maps; "" where the arrays are these
     reads: tuple = () # settings that the reader is given
     prepared: str | Callable = "" # (settings, got, parts, device) -> what gives such arrays of any images
@@ -180,20 +180,58 @@ SYSTEMS["cflow"] = System("CFLOW-AD", {
         laptop=dict(epochs=3, lr=1e-3, angle=0.),
         **dict.fromkeys(("smoke", "lab"), dict(epochs=8, fibre=64, lr=2e-3, angle=0.))))
 
+# %% ../../nbs/systems/2_system.ipynb #5b9000e1
+_SPR = "precision", "compile", "size", "seed", "width", "shrink", "batch", "spread"
+_THIN = dict(width=1 / 8, shrink=2, batch=4, lr=2e-3, latest=.05, times=(.05,), pool=11)
+_SCORE = dict(gflop=45 * (224 / 192)**2, share=lambda c: (c.width / c.shrink)**2)
+SYSTEMS["spr"] = System("SPR", {
+    "spr": Stage("systems.spr.fit", (*_SPR, "epochs", "lr", "decay", "average", "latest"), work=3., epochs="epochs",
+                 **_SCORE),
+    "spr_scores": Stage("systems.spr.scores", (*_SPR, "times", "draws"), needs=("spr",), work=3.,
+                        reader="systems.spr.maps_of", reads=("size", "pool"), prepared="systems.spr.prepared",
+                        **_SCORE)},
+    "systems.spr.Settings", (3,), profiles=dict(laptop=_THIN | dict(epochs=12), lab=_THIN | dict(epochs=12),
+                                                smoke=_THIN | dict(epochs=8)))
+
+# %% ../../nbs/systems/2_system.ipynb #9f1000e1
+_FLOW = (*_F, "encoder", "channels", "levels", "stacks", "kernel", "volume", "batch")
+_QUICK = dict(encoder="F", kernel=3, stacks=2)
+_LAYER1 = dict(resnet18=64, tf_efficientnet_lite0=24) # channels
+
+def _pyramids(c):
+    "Share of the published flow's operations"
+    channels = dict(F=_LAYER1.get(c.backbone, 256), resnet18=64, colours=4 * c.channels) # on a grid four times as fine
+    return c.stacks / 4 * (c.kernel / 7 * channels[c.encoder] / 64)**2
+
+_PYRAMIDS = dict(gflop=960 * (224 / 1024)**2, share=_pyramids)
+SYSTEMS["pyramidflow"] = System("PyramidFlow", {
+    "pyramidflow": Stage("systems.pyramidflow.fit", (*_FLOW, "turns", "epochs", "lr", "decay", "clip"), work=3.,
+                         epochs="epochs", **_PYRAMIDS),
+    "pyramidflow_scores": Stage("systems.pyramidflow.scores", _FLOW, needs=("pyramidflow",),
+                                reader="systems.pyramidflow.maps_of", reads=("size",),
+                                prepared="systems.pyramidflow.prepared", **_PYRAMIDS)},
+    "systems.pyramidflow.Settings", (1,), profiles=dict(
+        laptop=_QUICK | dict(epochs=3), **dict.fromkeys(("smoke", "lab"), _QUICK | dict(epochs=5))))
+
 # %% ../../nbs/systems/2_system.ipynb #de570100
-_DESTSEG = dict(gflop=62.5 * (224 / 256)**2, fixed=.06) # of the segmentation; the teacher beside it
-_STUDENT = 10.7 / 62.5 # beside it too
+_SEGMENT = 62.5 * (224 / 256)**2 # GFLOP
+_STUDENT, _TEACHER = 10.7 / 62.5, .06 # beside it
+def _beside(work):
+    "`width` leaves the teacher whole"
+    return dict(work=work, gflop=_SEGMENT, share=lambda c: c.width**2 + _TEACHER / work)
+
 _DRAWN = "textures", "scales", "threshold", "beta", "rotate", "angle", "fill", "batch", "momentum", "decay"
 _EIGHTH = dict(width=1 / 8, batch=8, lr_rest=.1, textures="embedded")
 SYSTEMS["destseg"] = System("DeSTSeg", {
-    "destseg": Stage("systems.destseg.fit_student", (*_F, *_DRAWN, "width", "steps1", "lr1"), work=3 * _STUDENT,
-                     epochs="steps1", **_DESTSEG),
+    "destseg": Stage("systems.destseg.fit_student", (*_F, *_DRAWN, "width", "steps1", "lr1"), epochs="steps1",
+                     **_beside(3 * _STUDENT)),
     "destseg_segment": Stage(
         "systems.destseg.fit_segment", (*_F, *_DRAWN, "width", "steps2", "lr_blocks", "lr_rest", "gamma"),
-        needs=("destseg",), work=3 + _STUDENT, epochs="steps2", **_DESTSEG),
+        needs=("destseg",), epochs="steps2", **_beside(3 + _STUDENT)),
     "destseg_scores": Stage(
-        "systems.destseg.scores", (*_F, "width", "batch"), needs=("destseg", "destseg_segment"), work=1 + _STUDENT,
-        reader="systems.destseg.maps_of", reads=("size", "top"), prepared="systems.destseg.prepared", **_DESTSEG)},
+        "systems.destseg.scores", (*_F, "width", "batch"), needs=("destseg", "destseg_segment"),
+        reader="systems.destseg.maps_of", reads=("size", "top"), prepared="systems.destseg.prepared",
+        **_beside(1 + _STUDENT))},
     "systems.destseg.Settings", (1,), profiles=dict(
         laptop=_EIGHTH | dict(steps1=400, steps2=200), lab=_EIGHTH | dict(steps1=120, steps2=80),
         smoke=_EIGHTH | dict(steps1=50, steps2=40)))
