@@ -900,7 +900,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'tocoad.parts.fit.false_alarms': ('parts/fit.html#false_alarms', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.fit': ('parts/fit.html#fit', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.own': ('parts/fit.html#own', 'tocoad/parts/fit.py'),
-                                  'tocoad.parts.fit.promise': ('parts/fit.html#promise', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.rank': ('parts/fit.html#rank', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.rounded': ('parts/fit.html#rounded', 'tocoad/parts/fit.py')},
             'tocoad.parts.page': { 'tocoad.parts.page._address': ('parts/page.html#_address', 'tocoad/parts/page.py'),
