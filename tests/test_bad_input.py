@@ -1646,7 +1646,8 @@ def test_score_takes(place, trees, row):
     ), out
     got = rows(place.out)
     assert len(got) == n and all((place.out / r["heat_map"]).is_file() for r in got)
-    assert sorted(p.name for p in place.out.iterdir()) == ["maps", "scores.csv", "summary.json", "worst.png"]
+    written = ["maps", "report.html", "scores.csv", "summary.json", "worst.png"]
+    assert sorted(p.name for p in place.out.iterdir()) == written
 
 
 # The disk is full

@@ -125,6 +125,12 @@ def kinds(path):
                 gradient=torch.from_numpy(a / 255).requires_grad_(), rgba=im.convert("RGBA"))
 
 
+def test_a_folder_of_own_output_alone_holds_no_image(detector, root, tmp_path):
+    score(detector, root / "test/hole", tmp_path / "out", maps=3, progress=False)
+    with pytest.raises(BadInput, match=r"holds 3 images \(0 different, 3 pictures that tocoad wrote left out\): give"):
+        fit(tmp_path / "out/maps", CFG, progress=False)
+
+
 def test_every_form_has_the_score_of_the_command_to_the_bit(detector, root, tmp_path):
     store(tmp_path / "in/large.png", washer(7, "hole", 300)[:, 40:])
     shutil.copy(root / "test/hole/0.png", tmp_path / "in/same.png")

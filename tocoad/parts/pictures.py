@@ -233,12 +233,14 @@ def read_good(
     "The good images of a folder or list"
     found = hash_order(sources := _sources(good, all_below), seed)
     every, top = _pictures(sources, found[:most], size, progress)
-    names, got = zip(*[(n, x) for n, x in zip(found, every, strict=False) if x] or [((), ())], strict=True)
+    own = [(n, x) for n, x in zip(found, every, strict=False) if x]
+    names, got = [n for n, _ in own], [x for _, x in own]
     keep = sorted({x.content: i for i, x in [*enumerate(got)][::-1]}.values())
     if len(keep) < LEAST:
         at = good if isinstance(good, (str, os.PathLike)) else "the list"
-        raise BadInput(f"{at} holds {_many(len(found), 'image')} ({len(keep)} different): give at least {LEAST} good "
-                       f"parts ({', '.join(sorted(SUFFIXES))}), better 100")
+        ours = f", {_many(every.count(None), 'picture')} that {MARK} wrote left out" * (None in every)
+        raise BadInput(f"{at} holds {_many(len(found), 'image')} ({len(keep)} different{ours}): give at least {LEAST} "
+                       f"good parts ({', '.join(sorted(SUFFIXES))}), better 100")
     arrays, sizes, modes, *_, peaks = zip(*got, strict=True)
     copies, aspects, notes = len(names) - len(keep), [w / h for w, h in sizes], _oddities(sizes, modes, size)
     more = f"{len(found):,} good images were found and {most:,} of them used; raise most to use more"
