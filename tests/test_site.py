@@ -75,6 +75,17 @@ def test_what_is_wrong_is_found(site):
     assert not [said for _, said in wrong.values() if said not in found]
 
 
+def test_signs_without_a_colour_of_their_own_cost_nothing(site):
+    "A span for each name and comma would be a quarter of the site"
+    css = (site / "_static" / "pygments.css").read_text()
+    colours = {k: set(re.findall(rf"{k}\s*\{{[^}}]*?(?<!-)color:\s*(#\w+)", css)) for k in (
+        r"\.highlight", r"\.highlight \.n", r"\.highlight \.p", r"\.highlight \.w")}
+    first, *others = colours.values()
+    assert len(first) == 2 and all(c <= first for c in others), colours # by day and by night
+    page = (site / "method" / "1_perlin.html").read_text()
+    assert '<span class="k">' in page and not re.search('<span class="[npw]">', page)
+
+
 def test_every_notebook_has_its_page(site):
     names = {p.relative_to(NBS).with_suffix("").as_posix() for p in NBS.rglob("*.ipynb")
              if not {".ipynb_checkpoints", "reports", "runs"} & set(p.parts)}
