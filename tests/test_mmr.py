@@ -130,6 +130,17 @@ def test_weights_from_a_file_are_where_training_starts_and_count_in_the_key(tmp_
     assert key(a) != first, "another file under the same name"
 
 
+def test_the_file_in_its_usual_place_counts_in_the_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    key = lambda: chain(settings(vit="mae"), "d", "w")["mmr"].key
+    absent, path = key(), tmp_path / "checkpoints" / mmr.FILE
+    path.parent.mkdir()
+    donor(path, 0)
+    first = key()
+    donor(path, 1)
+    assert len({absent, first, key()}) == 3 and departures(settings(vit="mae")).count("vit") == 0
+
+
 @pytest.mark.parametrize("content,says", [(None, "there are none at"), (b"no weights", "does not fit"),
                                           ("wide", "does not fit MMR's transformer of 64 numbers")])
 def test_weights_that_are_not_there_or_do_not_fit(tmp_path, washer, content, says, monkeypatch):

@@ -1385,6 +1385,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tocoad.systems.mmr.MMR.forward': ('systems/mmr.html#mmr.forward', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.MMR.tokens': ('systems/mmr.html#mmr.tokens', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.Settings': ('systems/mmr.html#settings', 'tocoad/systems/mmr.py'),
+                                    'tocoad.systems.mmr.Settings.resolved': ('systems/mmr.html#settings.resolved', 'tocoad/systems/mmr.py'),
+                                    'tocoad.systems.mmr.file_of': ('systems/mmr.html#file_of', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.fit': ('systems/mmr.html#fit', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.keep': ('systems/mmr.html#keep', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.level': ('systems/mmr.html#level', 'tocoad/systems/mmr.py'),
