@@ -51,6 +51,7 @@ class System:
     tables: tuple = () # numbers of the paper's tables that it is a column of
     used: Callable = lambda c, stages: stages # settings, names of all stages -> names of those that a run has
     profiles: dict = field(default_factory=dict) # profile -> settings of its own that differ there
+    reading: bool = False # made of a description with gaps: titles say so, and no verdict rests on it
 
     def stages_of(self,
         c: Shared, # its settings
@@ -259,6 +260,18 @@ SYSTEMS["mmr"] = System("MMR", {
     "systems.mmr.Settings", (1,), profiles=dict(laptop=_SMALL_VIT | dict(epochs=8), lab=_SMALL_VIT | dict(epochs=8),
                                                 smoke=_SMALL_VIT | dict(epochs=4)))
 
+# %% ../../nbs/systems/2_system.ipynb #f1d10001
+_FYD = (*_F, "align", "turn", "reach")
+_HURRY = dict(batch=8, lr_head=.3)
+SYSTEMS["fyd"] = System("FYD", {
+    "fyd": Stage("systems.fyd.fit", (*_FYD, "epochs", "batch", "lr", "lr_head"), work=3.3, epochs="epochs"),
+    "fyd_gaussians": Stage("systems.fyd.fit_gaussians", (*_FYD, "channels", "ridge"), needs=("fyd",)),
+    "fyd_scores": Stage("systems.fyd.scores", _FYD, needs=("fyd", "fyd_gaussians"), reader="systems.tocoad.maps_of",
+                        reads=_MAPS, prepared="systems.fyd.prepared")},
+    "systems.fyd.Settings", (3,), reading=True, profiles=dict(
+        laptop=_HURRY | dict(epochs=5, channels=100), lab=_HURRY | dict(epochs=10, channels=100),
+        smoke=_HURRY | dict(epochs=5, channels=100)))
+
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
     c: Shared, # settings
@@ -275,4 +288,5 @@ def departures(
     usual = {f.name: f.default for f in fields(c) if f.name != "method" and (f.name, f.default) not in alike}
     if getattr(c, "textures", None) != "embedded": # where a folder lies is no departure
         usual.pop("textures", None)
-    return ", ".join(f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d)
+    told = [f"{k} {v} ({d})" for k, d in usual.items() if (v := getattr(c, k)) != d]
+    return ", ".join(["our reading, not a rerun"] * (c.method in SYSTEMS and SYSTEMS[c.method].reading) + told)
