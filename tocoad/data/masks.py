@@ -52,8 +52,7 @@ class Drawn(NamedTuple):
 def _tally(a):
     "Numbers above 0 -> how many"
     if a.dtype == np.uint8:
-        n = np.bincount(a.ravel(), minlength=1)
-        return {int(v): int(n[v]) for v in np.flatnonzero(n) if v}
+        return {v: n for v, n in enumerate(Image.fromarray(np.atleast_2d(a)).histogram()) if v and n}
     return {int(v): int(n) for v, n in zip(*np.unique(a, return_counts=True), strict=True) if v > 0}
 
 def look(
@@ -136,13 +135,13 @@ def covered(mask: np.ndarray, size: int = 256, shorter: bool = False) -> np.ndar
     return np.asarray(square(Image.fromarray(mask.astype(np.float32)), size, shorter))
 
 def read_mask(
-    path: Path | str, # a mask file
+    path: Path | str | Image.Image, # a mask file; or what `open_image` gave of it
     size: int = 256, # side of the square, pixels
     cut: int = 0, # numbers above this are anomalous, see `encoding`
     shorter: bool = False, # see `square`
     cast: bool = False, # only pixels wholly inside count, as in PatchCore's code (gap 52)
 ) -> tuple: # bool array (size, size); original (width, height)
     "One mask file, squared and cut at one half"
-    m = binary(open_image(path), cut)
+    m = binary(path if isinstance(path, Image.Image) else open_image(path), cut)
     c = covered(m, size, shorter)
     return c == 1 if cast else c > 0.5, m.shape[::-1]
