@@ -3,6 +3,7 @@ import ast
 import csv
 import html
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from tocoad.paper import drawing, regenerate, report
 from tocoad.run.report import text
 from tocoad.systems.settings import Shared
 
-NAMES = ["=1+1", "<b>x", "a\x1b[31mred", "$\\nothing{$ | `x`", "+1", "two\nlines \x9b2J", "@x\u202ey"]
+NAMES = ["=1+1", "<b>x", "a\x1b[31mred", "$\\nothing{$ | `x`", "+1", "two\nlines \x9b2J", "@x\u202ey",
+         "瓶子 🍾"]
 TINY = ["size=32", "resize=32", "width=32", "batch=8"]
 ROOMS = Path(cli.__file__).parent
 
@@ -94,9 +96,11 @@ def test_a_page_shows_a_name_and_does_not_obey_it(name, tmp_path, monkeypatch):
         assert shown in page and not Tags(page).tags and not obeyed(page)
         widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
         assert len(widths) == 1, "a name makes no column"
-    data.test.show()
-    drawing.save(drawing.heat_maps(data.test.images, None, dict(frozen=data.test.images[:, 0]), [name] * 4,
-                                   heading=name), tmp_path / "x.png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Glyph") # a sign without a glyph would be a box
+        data.test.show()
+        drawing.save(drawing.heat_maps(data.test.images, None, dict(frozen=data.test.images[:, 0]), [name] * 4,
+                                       heading=name), tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("name", NAMES)

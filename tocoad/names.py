@@ -8,6 +8,7 @@ __all__ = ['tell', 'markup', 'listed', 'page', 'drawn', 'cell', 'cells']
 # %% ../nbs/names.ipynb #6a0e0004
 import html
 import re
+from functools import cache
 
 from .data.errors import printable
 
@@ -33,9 +34,17 @@ def page(frame): # `pandas.DataFrame`
     "A table whose columns and texts may go into Markdown"
     return frame.map(lambda v: markup(v) if isinstance(v, str) else v).rename(columns=markup)
 
+@cache
+def _signs(font): # a file
+    from matplotlib.font_manager import get_font
+    return frozenset(get_font(font).get_charmap())
+
 def drawn(text) -> str: # text: of several lines
-    "A text for a picture of matplotlib: no formula"
-    return "\n".join(map(printable, str(text).split("\n"))).replace("$", r"\$")
+    "A text for a picture of matplotlib: no formula; a sign that its font lacks becomes \\u4e2d or the like"
+    from matplotlib.font_manager import FontProperties, findfont
+    signs = _signs(findfont(FontProperties()))
+    lines = "\n".join(map(printable, str(text).split("\n"))).replace("$", r"\$")
+    return "".join(c if ord(c) in signs or c == "\n" else ascii(c)[1:-1] for c in lines)
 
 # %% ../nbs/names.ipynb #6a0e0015
 _NUMBERS = re.compile(r"-|[-+][\d.]+(e[-+]?\d+)?( ± [\d.]+)?( \[[-+\d., ]+\])?")
