@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..data.checks import few
 from ..data.errors import BadInput
 from ..files import whole
 from ..measure.intervals import Interval, mean_interval
@@ -248,7 +247,7 @@ def notes(r: Results) -> list: # of texts
         "A control is the same run at rate 0: no weight moves, batch norm takes its statistics from the same forward "
         "passes.": r.differences.base.str.startswith("rate 0").any()}
     said |= {TERMS[name]: k in there for k, name in COLUMNS.items()} | {f"{m}.": True for m in r.missing}
-    said |= {f"{label(x['category'])}: {text}.": True for x in s.get("sets", ()) for text in few(x["train"])}
+    said |= {f"{label(x['category'])}: {text}.": True for x in s.get("sets", ()) for text in x.get("few", ())}
     said |= {f"Failed: {f}": True for x in (r, *r.beside) for f in x.failed}
     audit = published.remarks(int(r.target[5:])) if r.target[:5] == "table" else ()
     return [_paired(len(s["seeds"])), *(text for text, on in said.items() if on), *map(str, audit)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..data.checks import few
 from ..data.errors import BadInput, printable
 from ..files import folder_state, state_of
 from . import plan, published
@@ -159,7 +160,7 @@ def _about(data):
     "What a sheet says of a category"
     bad = int(data.test.labels.sum())
     return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint,
-                notes=list(data.notes), own_split=bool(unlike(data)))
+                notes=list(data.notes), few=few(len(data.train)), own_split=bool(unlike(data)))
 
 # %% ../../nbs/paper/sheets.ipynb #43486e0f
 def _read(targets, o, dataset, category, store):
