@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tocoad.cli import main
 from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
 from tocoad.parts.export import load, save
@@ -416,11 +417,31 @@ def test_every_quantile_gives_a_threshold(shop, tmp_path, quantile):
 
 @pytest.mark.parametrize("wrong", [
     dict(quantile=float("nan")), dict(quantile=0), dict(quantile="most"), dict(held_out=float("inf")), dict(held_out=1),
-    dict(most=5.5), dict(most=float("inf")), dict(most=4), dict(most=None)], ids=str)
+    dict(most=5.5), dict(most=float("inf")), dict(most=4), dict(most=None), dict(patches=0), dict(patches=.5)], ids=str)
 def test_a_share_or_number_that_is_none_is_named(shop, wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))) as e:
         fit(shop / "good", CFG, progress=False, **wrong)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("patches", [1, 30, 10**6, None])
+def test_a_memory_keeps_at_most_so_many_patches_and_never_more_than_its_share(shop, patches):
+    d = fit(shop / "good", CFG, patches=patches, progress=False)
+    every, share = d.about["learned"]["memory"]["patches"], len(bank(fit(shop / "good", CFG, progress=False)))
+    assert len(bank(d)) == min(share, patches or share) == d.about["learned"]["memory"]["kept"]
+    assert every == 19 * (SIZE // 8)**2 and f"kept {len(bank(d))}" in d.text().replace(",", "")
+
+
+@pytest.mark.parametrize("words, kept", [((), "most"), (("--patches", "7"), 7), (("--set", "coreset=0.5"), "half"),
+                                         (("--set", "coreset=0.5", "--patches", "7"), 7)], ids=str)
+def test_a_share_that_was_asked_for_is_kept(shop, tmp_path, monkeypatch, words, kept):
+    monkeypatch.setattr("tocoad.parts.fit.KEPT", 11)
+    words = ["fit", "--good", shop / "good", "--model", tmp_path / "m", "--profile", "smoke", "--quiet", *words]
+    at = words.index("--set") + 1 if "--set" in words else len(words)
+    words[at:at] = [f"size={SIZE}"] if "--set" in words else ["--set", f"size={SIZE}"]
+    assert main([*map(str, words)]) == 0
+    said = load(tmp_path / "m").about["learned"]["memory"]
+    assert said["kept"] == dict(most=11, half=said["patches"] // 2).get(kept, kept)
 
 
 @pytest.mark.parametrize("score_of_all", [0., float("nan"), float("inf")])

@@ -897,6 +897,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'tocoad.parts.fit._origin': ('parts/fit.html#_origin', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit._said': ('parts/fit.html#_said', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.at_quantile': ('parts/fit.html#at_quantile', 'tocoad/parts/fit.py'),
+                                  'tocoad.parts.fit.bounded': ('parts/fit.html#bounded', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.calibrate': ('parts/fit.html#calibrate', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.false_alarms': ('parts/fit.html#false_alarms', 'tocoad/parts/fit.py'),
                                   'tocoad.parts.fit.fit': ('parts/fit.html#fit', 'tocoad/parts/fit.py'),

@@ -185,6 +185,7 @@ def fit(
     quantile: float = .95, # share of held-out good images that the threshold lets pass
     most: int = 2000, # good images used at most
     all_below: bool = False, # every image below --good is of a good part, whatever its folder is called
+    patches: int = None, # patches kept in a memory at most (default: 10,000, or the share that --set coreset=... says)
     export: Literal["onnx"] = None, # write an ONNX graph too: frozen, tocoad and patchcore
     set_: list[str] = (), device: str = None, quiet: bool = False,
 ):
@@ -192,11 +193,14 @@ def fit(
     from tocoad.parts import export as files
     from tocoad.parts import fit as room
     with wrong_command():
-        cfg = room.own(settle_own(system, profile, seed, set_), good, system, quantile, most=most)
+        if patches is None and not any("coreset=" in pair for pair in set_):
+            patches = room.KEPT
+        cfg = room.own(settle_own(system, profile, seed, set_), good, system, quantile, most=most, patches=patches)
         if export:
             files.ask_for_onnx(cfg, model) # what is missing is said before the work
     writable(model.parent, "--model")
-    d = room.fit(good, cfg, system, quantile, most=most, all_below=all_below, device=device, progress=not quiet)
+    d = room.fit(good, cfg, system, quantile, most=most, all_below=all_below, patches=patches, device=device,
+                 progress=not quiet)
     written = [files.save(d, model)] + ([files.export_onnx(d, model)] if export else [])
     tell(d.text(), printable(f"Written: {', '.join(map(str, written))}"))
 
