@@ -16,8 +16,8 @@ from .run.source import PACKAGE
 
 # %% ../nbs/bench.ipynb #20dfb269
 FOLDER = PACKAGE.parent / "nbs" / "bench"
-BENCHES = ("memory", "metrics", "generators", "training", "start", "scaling", "gpu", "precision")
-DEFAULT = BENCHES[:-1] # precision is no speed, and takes half an hour on real images
+BENCHES = ("memory", "metrics", "generators", "training", "start", "scaling", "gpu", "costs", "precision")
+DEFAULT = BENCHES[:-2] # the last two say what is, beside nobody, and take half an hour on real images
 
 def notebook_of(
     name: str, # of `BENCHES`, or "results"
