@@ -1,6 +1,7 @@
 "The panel on folders of one's choice, a budget of time, results as a file"
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from tocoad.paper.report import Results
 from tocoad.run import exchange
 from tocoad.run.store import Store
 
+RESULTS = Path(__file__).parents[1] / "nbs/paper/results/systems"
 TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=10", "width=32", "batch=8", "bn2=train", "curve=5"]
 
 
@@ -150,6 +152,15 @@ def test_a_table_from_a_file_alone(there, tmp_path, capsys):
     ):
         assert main(["reproduce", *words, "--out", str(tmp_path / "other")]) in (1, 2)
         assert says in capsys.readouterr().err
+
+
+def test_a_metric_that_a_system_lacks_is_in_no_table_and_no_forest():
+    r = sheets.results("panel", files=[str(RESULTS)])
+    assert "PyramidFlow" in r.rows and not panel.differences(r, "PyramidFlow", "image_auroc")
+    assert panel.differences(r, "PyramidFlow", "pixel_auroc") and panel.differences(r, "MMR", "image_auroc")
+    t = panel.table(r)
+    cells = t[[k for k in t if "image AUROC" in str(k)]].loc[(slice(None), "PyramidFlow"), :]
+    assert {*cells.to_numpy().ravel()} <= {"-", ""}
 
 
 def test_some_of_it_computed_again(there, tmp_path, capsys):

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..measure.intervals import mean_interval
 from . import drawing
+from .published import lacks
 from .report import Results, frame_of, gain, side_by_side, training, value
 from ..run.report import NAMES, interval
 
@@ -37,8 +38,10 @@ def controls(r: Results) -> list: # names of rows
     return [x.name for x in r.plan if x.method.endswith("control")]
 
 def differences(r: Results, row: str, metric: str) -> dict: # base -> {category: `Interval`}; of several sets their mean
-    "What a row is compared with, set by set"
+    "What a row is compared with, set by set; nothing in a metric that its system lacks"
     out = {}
+    if metric in lacks(row):
+        return out
     for base in r.differences.base[r.differences.row == row].unique():
         found = {c: d for s, c in places(r) if (d := gain(r, row, base, metric, s, c))}
         out[base] = found | ({f"mean of {len(found)}": mean_interval(list(found.values()))} if len(found) > 1 else {})
@@ -61,7 +64,7 @@ def table(r: Results) -> pd.DataFrame: # text; rows: (set, row), columns: (metri
         for m in METRICS:
             found = {BASES.get(b, "Δ its control"): d[c] for b, d in by[x, m].items()
                      if c in d and b in (*BASES, *controls(r))}
-            line[NAMES[m], "value"] = str(value(r, x, m, s, c)) if s else ""
+            line[NAMES[m], "value"] = ("-" if m in lacks(x) else str(value(r, x, m, s, c))) if s else ""
             line |= {(NAMES[m], to): text(found.get(to)) for to in (*BASES.values(), "Δ its control")}
         line["D's pull, %", ""] = str(value(r, x, "pull", s, c)) if s else "-"
         line["training", ""] = (training(r, x, s, c) if s else "") or "-"
