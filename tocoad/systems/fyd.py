@@ -194,6 +194,7 @@ def trained(c, state, device): # as `whole`; arrays of `fit`
                 yield S(to_float(crop(some.to(device), c.size)))
     return look
 
+# %% ../../nbs/systems/fyd.ipynb #f1d00028
 def fit_gaussians(c, data, got, parts, device, progress): # number of channels; means, triangles, channels
     "A Gaussian for each place of the aligned maps of the training images"
     look, total = trained(c, got[0][1], device), sum(extractor(c).channels[:3])
