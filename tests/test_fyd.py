@@ -104,8 +104,7 @@ def test_scores_lie_where_the_image_has_them(washer, got):
     far["maps.look.6.weight"] = np.zeros_like(far["maps.look.6.weight"])
     far["maps.look.6.bias"] = far["maps.usual"] = np.zeros(4, np.float32)
     c = settings()
-    looks = fyd.trained(c, far, "cpu")
-    (_, A), = looks(washer.test.images[:1])
+    (_, A), = fyd.look(fyd.filled(c, far, "cpu"), washer.test.images[:1], c, "cpu")
     assert A[0, 0, 2] > .19
     shifted = [(values, far), fyd.fit_gaussians(c, washer, [(values, far)], {}, "cpu", False)]
     dot = washer.test.images[:1].clone()
