@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.checks import few
 from ..data.errors import BadInput, printable
 from ..files import folder_state, state_of
 from . import plan, published
@@ -158,6 +157,7 @@ def unlike(
 
 def _about(data):
     "What a sheet says of a category"
+    from tocoad.data.checks import few # loads torch
     bad = int(data.test.labels.sum())
     return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint,
                 notes=list(data.notes), few=few(len(data.train)), own_split=bool(unlike(data)))
