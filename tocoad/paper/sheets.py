@@ -157,7 +157,7 @@ def unlike(
 
 def _about(data):
     "What a sheet says of a category"
-    from tocoad.data.checks import few # loads torch
+    from tocoad.data.checks import few
     bad = int(data.test.labels.sum())
     return dict(train=len(data.train), good=len(data.test) - bad, bad=bad, fingerprint=data.fingerprint,
                 notes=list(data.notes), few=few(len(data.train)), own_split=bool(unlike(data)))
