@@ -18,7 +18,7 @@ from tocoad.cli import main
 from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
 from tocoad.parts.export import load, save
-from tocoad.parts.fit import Detector, fit, rank
+from tocoad.parts.fit import KEPT, Detector, fit, rank
 from tocoad.parts.pictures import LEAST, decoded, hash_order
 from tocoad.parts.score import MARK, Summary, results, score, scored
 from tocoad.run.config import config
@@ -430,6 +430,12 @@ def test_a_memory_keeps_at_most_so_many_patches_and_never_more_than_its_share(sh
     every, share = d.about["learned"]["memory"]["patches"], len(bank(fit(shop / "good", CFG, progress=False)))
     assert len(bank(d)) == min(share, patches or share) == d.about["learned"]["memory"]["kept"]
     assert every == 19 * (SIZE // 8)**2 and f"kept {len(bank(d))}" in d.text().replace(",", "")
+
+
+def test_the_help_names_the_limit(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert f"default: {KEPT:,}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("words, kept", [((), "most"), (("--patches", "7"), 7), (("--set", "coreset=0.5"), "half"),

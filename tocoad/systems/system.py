@@ -262,15 +262,14 @@ SYSTEMS["mmr"] = System("MMR", {
 
 # %% ../../nbs/systems/2_system.ipynb #f1d10001
 _FYD = (*_F, "align", "turn", "reach")
-_HURRY = dict(batch=8, lr_head=.3)
+_HURRY = dict(epochs=5, batch=8, lr_head=.3, channels=100)
 SYSTEMS["fyd"] = System("FYD", {
     "fyd": Stage("systems.fyd.fit", (*_FYD, "epochs", "batch", "lr", "lr_head"), work=3.3, epochs="epochs"),
     "fyd_gaussians": Stage("systems.fyd.fit_gaussians", (*_FYD, "channels", "ridge"), needs=("fyd",)),
     "fyd_scores": Stage("systems.fyd.scores", _FYD, needs=("fyd", "fyd_gaussians"), reader="systems.tocoad.maps_of",
                         reads=_MAPS, prepared="systems.fyd.prepared")},
-    "systems.fyd.Settings", (3,), reading=True, profiles=dict(
-        laptop=_HURRY | dict(epochs=5, channels=100), lab=_HURRY | dict(epochs=10, channels=100),
-        smoke=_HURRY | dict(epochs=5, channels=100)))
+    "systems.fyd.Settings", (3,), reading=True, profiles=dict(laptop=_HURRY, smoke=_HURRY,
+                                                              lab=_HURRY | dict(epochs=10)))
 
 # %% ../../nbs/systems/2_system.ipynb #2aef3c66
 def system_of(
