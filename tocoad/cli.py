@@ -54,11 +54,15 @@ def run(
 ):
     "Train and score systems on one category: ToCoAD's frozen, contrastive-only and two-stage features, or others"
     from tocoad import files
+    from tocoad.data.load import good_files
     from tocoad.data.sets import DATASETS
+    from tocoad.parts.pictures import own_shape
     from tocoad.run import compare
-    from tocoad.run.config import settings
+    from tocoad.run.config import config, settings, shaped
     from tocoad.run.store import Store
     with wrong_command():
+        side = config(profile or ("laptop" if root else "smoke")).size
+        set_ = shaped(set_, lambda: own_shape(good_files(root, dataset, category), side))
         cfg, seeds = settle(root, dataset, category, profile, set_, systems), compare.distinct(seeds)
     if rehash:
         files.rehash()
@@ -192,7 +196,10 @@ def fit(
     "Learn from a folder of good parts"
     from tocoad.parts import export as files
     from tocoad.parts import fit as room
+    from tocoad.parts.pictures import own_shape
+    from tocoad.run.config import config, shaped
     with wrong_command():
+        set_ = shaped(set_, lambda: own_shape(good, config(profile).size, all_below))
         if patches is None and not any("coreset=" in pair for pair in set_):
             patches = room.KEPT
         cfg = room.own(settle_own(system, profile, seed, set_), good, system, quantile, most=most, patches=patches)
@@ -214,8 +221,8 @@ def settle_own(system="frozen", profile="laptop", seed=0, set_=()): # options of
     fixed = {"profile", "seed", "method", "dataset", "category", "shorter", "mask", "curve"}
     if fixed := fixed & set(changes):
         raise BadInput(f"--set {fixed.pop()}=...: use --profile, --seed and --system; own parts have no data set, and "
-                       "are squeezed to a square.")
-    whole = dict(resize=changes["size"]) if "size" in changes else {} # all of a part is squeezed into the square
+                       "are resized as a whole.")
+    whole = dict(resize=changes["size"]) if "size" in changes else {} # nothing of a part is cropped
     cfg = config(profile, **changes | whole, seed=seed)
     check_settings(set_, cfg)
     known = kinds(Shared if s.kind is not type(cfg) else s.kind).keys() | {"textures"}

@@ -23,6 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..data.errors import BadInput, one_of
+from ..data.shape import sides
 from ..files import whole
 from ..method.features import Features
 from ..method.memory import Memory, _spread, patch_features
@@ -106,26 +107,27 @@ def _triangle(n, size): # numbers 0, 1, ... of the pixels of one side; pixels wa
     return (w / w.sum(1, keepdim=True) * 2**22 + .5).floor()
 
 class ToSquare(nn.Module):
-    "Images uint8 (B, H, W, 3) to (B, 3, S, S) in [0, 1]"
+    "Images uint8 (B, H, W, 3) to (B, 3, h, w) in [0, 1]"
     def __init__(self, size):
         super().__init__()
         self.size = size
 
     def forward(self, images):
         "As `square` resizes, to a whole number along each side; in double precision whole numbers stay exact"
-        sides = [_triangle(torch.arange(n, dtype=torch.float64), self.size) for n in images.shape[1:3]]
-        h, w = ((s[0] >= 0).sum() - self.size for s in sides)
+        ends = [*zip(images.shape[1:3], sides(self.size), strict=True)]
+        both = [_triangle(torch.arange(n, dtype=torch.float64), s) for n, s in ends]
+        h, w = ((m[0] >= 0).sum() - s for m, (_, s) in zip(both, ends, strict=True))
         whole = lambda x: (x / 2**22 + .5).floor().clamp(0, 255)
         choose = torch.cond if torch.compiler.is_exporting() else lambda true, a, b, args: (a if true else b)(*args)
         x = choose(h > 2 * w.clamp(min=0), # Pillow 13 begins with the height where it shrinks far more than the width
                    lambda x, down, across: whole(whole(down @ x) @ across.T),
                    lambda x, down, across: whole(down @ whole(x @ across.T)),
-                   (images.permute(0, 3, 1, 2).double(), *sides))
+                   (images.permute(0, 3, 1, 2).double(), *both))
         return x.float() / 255
 
 # %% ../../nbs/parts/3_export.ipynb #10fab576
 class ToPatches(nn.Module):
-    "Images (B, 3, S, S) in [0, 1] to patches (B, h*w, d)"
+    "Images (B, 3, H, W) in [0, 1] to patches (B, h*w, d)"
     def __init__(self, detector):
         super().__init__()
         self.F, self.dims, self.kind = copy.deepcopy(detector.F).cpu().eval(), detector.cfg.dims, detector.cfg.patches
@@ -172,21 +174,20 @@ def ask_for_onnx(c, model=None): # settings of a detector; path of its model fil
 
 # %% ../../nbs/parts/3_export.ipynb #70e00010
 class ToDecision(nn.Module):
-    "Images uint8 (B, H, W, 3) to scores (B,), whether they are above the threshold (B,), and maps (B, S, S)"
+    "Images uint8 (B, H, W, 3) to scores (B,), whether they are above the threshold (B,), and maps (B, h, w)"
     def __init__(self, detector):
         super().__init__()
         c = detector.cfg
         self.halves = nn.Sequential(ToSquare(c.size), ToPatches(detector), ToScores(detector))
-        with torch.no_grad():
-            n = math.isqrt(self.halves[:2](torch.zeros(1, 8, 8, 3, dtype=torch.uint8)).shape[1])
-        self.register_buffer("spread", _spread(n, c.size, getattr(c, "sigma", 4.)).float())
+        for name, side in zip(("down", "across"), sides(c.size), strict=True):
+            self.register_buffer(name, _spread(side // 8, side, getattr(c, "sigma", 4.)).float()) # layer 2 has stride 8
         self.register_buffer("threshold", torch.tensor(detector.threshold))
 
     def forward(self, images):
         "All of scoring"
         s, score = self.halves(images)
-        side = self.spread.shape[1]
-        return score, score > self.threshold, self.spread @ s.unflatten(1, (side, side)) @ self.spread.T
+        grid = self.down.shape[1], self.across.shape[1]
+        return score, score > self.threshold, self.down @ s.unflatten(1, grid) @ self.across.T
 
 # %% ../../nbs/parts/3_export.ipynb #5b90a3c7
 def onnx_of(

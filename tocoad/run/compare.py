@@ -25,6 +25,7 @@ from ..data.checks import few
 from ..data.errors import BadInput, one_of, printable
 from ..data.images import Category, crop
 from ..data.load import load
+from ..data.shape import sides
 from ..files import state_of
 from ..measure.intervals import paired_bootstrap, paired_bootstrap_pixels
 from ..measure.metrics import mean_std
@@ -61,11 +62,11 @@ def shown(
     image, maps = arrays.get("image"), arrays.get("maps")
     if t.does.reader:
         image, maps = find(t.does.reader)(arrays, SimpleNamespace(**{k: getattr(t.cfg, k) for k in t.does.reads}))
-    size = t.cfg.size
-    if image is None or maps is None or maps.shape != (len(image), size, size):
+    h, w = sides(t.cfg.size)
+    if image is None or maps is None or maps.shape != (len(image), h, w):
         found = ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
-        raise BadInput(f"{t.stage} gave {found}: the last stage of a system gives image (N,) and maps (N, {size}, "
-                       f"{size}) over the test images as they are cropped.")
+        raise BadInput(f"{t.stage} gave {found}: the last stage of a system gives image (N,) and maps (N, {h}, {w}) "
+                       "over the test images as they are cropped.")
     return image, maps
 
 def _got(t, store):
@@ -190,7 +191,7 @@ class Comparison:
     data: Category
     seeds: tuple
     image: dict # method -> image scores (S, N)
-    maps: dict # method -> maps (S, N, size, size)
+    maps: dict # method -> maps (S, N, H, W)
     rows: pd.DataFrame # method, seed, metrics in [0, 1]
     logs: dict # (method, seed) -> training log
     stages: pd.DataFrame # method, seed, stage, computed, seconds
