@@ -25,7 +25,7 @@ from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
 from ..method.weights import IMAGENET, file_sha256
 from .cflow import position_code
-from .maps import extractor
+from .maps import arrays_of, extractor, filled
 from .rd4ad import distance, place_distance
 from .settings import Real, Shared, Whole
 
@@ -205,14 +205,12 @@ def fit(c, data, got, parts, device, progress): # log and hash of the first weig
     how = {k: getattr(c, k) for k in ("epochs", "batch", "lr", "betas", "decay", "masked", "smallest", "size", "seed")}
     with arithmetic(c.precision, device):
         log = train(S, F, data.train.images.to(device), progress=progress, **how)
-    return dict(log=log, vit=start), {k: v.detach().cpu().contiguous().numpy() for k, v in S.state_dict().items()}
+    return dict(log=log, vit=start), arrays_of(S)
 
 def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
     "What gives the distance between teacher and student at every place"
     F = parts.get("F") or extractor(c, device)
-    S = student(c, F)
-    S.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    S.to(device).eval()
+    S = filled(student(c, F), got[0][1]).to(device).eval()
     @torch.inference_mode()
     def distances(images):
         "Of some images"

@@ -22,7 +22,7 @@ from ..method.arithmetic import arithmetic
 from ..method.discriminator import DEPTHS, block
 from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
-from .maps import enlarge, extractor, layer_maps, smooth
+from .maps import arrays_of, enlarge, extractor, filled, layer_maps, smooth
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/rd4ad.ipynb #4d0a0009
@@ -178,14 +178,12 @@ def fit(c, data, got, parts, device, progress): # log; the student's state
         S.compile()
     with arithmetic(c.precision, device):
         log = train(S, teacher, c.epochs, c.batch, c.lr, c.betas, c.cosine, c.seed, progress)
-    return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in S.state_dict().items()}
+    return dict(log=log), arrays_of(S)
 
 def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
     "What gives the distance between teacher and student at every place"
     F = parts.get("F") or extractor(c, device)
-    S = student(F.channels, c.backbone, c.seed)
-    S.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    S.to(device).eval()
+    S = filled(student(F.channels, c.backbone, c.seed), got[0][1]).to(device).eval()
     @torch.inference_mode()
     def distances(images):
         "Of some images"

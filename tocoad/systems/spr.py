@@ -22,7 +22,7 @@ from ..data.images import crop, to_float
 from ..method.arithmetic import arithmetic
 from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
-from .maps import enlarge
+from .maps import arrays_of, enlarge, filled
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/spr.ipynb #5b900008
@@ -198,14 +198,12 @@ def fit(c, data, got, parts, device, progress): # log; the averaged net's state
     x = torch.cat([pixels(some, c) for some in data.train.images.split(64)]).to(device)
     with arithmetic(c.precision, device):
         log, mean = train(make(c, device), x, c, progress)
-    return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in mean.state_dict().items()}
+    return dict(log=log), arrays_of(mean)
 
 # %% ../../nbs/systems/spr.ipynb #5b90002a
 def prepared(c, got, parts, device): # images -> "way" (N, size / shrink, size / shrink)
     "What gives the way of every pixel"
-    net, side = make(c, device), c.size // c.shrink
-    net.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    net.eval()
+    net, side = filled(make(c, device), got[0][1]).eval(), c.size // c.shrink
     z = torch.randn(len(c.times), c.draws, 3, side, side, generator=stream(c.seed, "spr test")).to(device)
     @torch.inference_mode()
     def ways(images):

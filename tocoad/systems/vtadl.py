@@ -25,7 +25,7 @@ from ..data.images import crop, to_float
 from ..method.arithmetic import arithmetic
 from ..method.guard import Guard
 from ..method.pretrain import batches, seeded, stream
-from .maps import enlarge, smooth
+from .maps import arrays_of, enlarge, filled, smooth
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/vtadl.ipynb #71ad0010
@@ -212,13 +212,11 @@ def fit(c, data, got, parts, device, progress): # log; the networks' state
     net = make(c, device)
     with arithmetic(c.precision, device):
         log = train(net, data.train.images.to(device), c, progress)
-    return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in net.state_dict().items()}
+    return dict(log=log), arrays_of(net)
 
 def prepared(c, got, parts, device): # images -> "surprise" (N, tokens, tokens), "unlike" (N,)
     "What gives the surprise of every patch"
-    net = make(c, device)
-    net.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    net.eval()
+    net = filled(make(c, device), got[0][1]).eval()
     @torch.inference_mode()
     def found(images):
         "Of some images"
