@@ -211,6 +211,7 @@ def memory(c, data, got, parts, device, progress): # numbers of patches; bank an
     idx = choose(X, c.coreset, generator=stream(c.seed, "coreset"))
     return dict(patches=len(X), kept=len(idx)), dict(bank=X[idx].cpu().numpy(), idx=idx.cpu().numpy())
 
+# %% ../../nbs/systems/3_tocoad.ipynb #7e3f78ee
 def prepared(c, got, parts, device): # images -> patch scores (N, h, w)
     "What gives the distance of every patch to the memory"
     F = parts.get("F") or _extractor(c, got[1][1] if len(got) > 1 else None, device)
