@@ -1475,6 +1475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'tocoad.systems.pyramid.blur': ('systems/pyramid.html#blur', 'tocoad/systems/pyramid.py'),
                                         'tocoad.systems.pyramid.compose': ('systems/pyramid.html#compose', 'tocoad/systems/pyramid.py'),
                                         'tocoad.systems.pyramid.decompose': ('systems/pyramid.html#decompose', 'tocoad/systems/pyramid.py'),
+                                        'tocoad.systems.pyramid.mover': ('systems/pyramid.html#mover', 'tocoad/systems/pyramid.py'),
                                         'tocoad.systems.pyramid.up': ('systems/pyramid.html#up', 'tocoad/systems/pyramid.py')},
             'tocoad.systems.pyramidflow': { 'tocoad.systems.pyramidflow.Encoder': ( 'systems/pyramidflow.html#encoder',
                                                                                     'tocoad/systems/pyramidflow.py'),
