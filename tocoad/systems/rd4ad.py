@@ -180,6 +180,7 @@ def fit(c, data, got, parts, device, progress): # log; the student's state
         log = train(S, teacher, c.epochs, c.batch, c.lr, c.betas, c.cosine, c.seed, progress)
     return dict(log=log), arrays_of(S)
 
+# %% ../../nbs/systems/rd4ad.ipynb #4d0a0054
 def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
     "What gives the distance between teacher and student at every place"
     F = parts.get("F") or extractor(c, device)
