@@ -214,6 +214,7 @@ def fit(c, data, got, parts, device, progress): # log; the networks' state
         log = train(net, data.train.images.to(device), c, progress)
     return dict(log=log), arrays_of(net)
 
+# %% ../../nbs/systems/vtadl.ipynb #71ad0054
 def prepared(c, got, parts, device): # images -> "surprise" (N, tokens, tokens), "unlike" (N,)
     "What gives the surprise of every patch"
     net = filled(make(c, device), got[0][1]).eval()
