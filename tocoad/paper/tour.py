@@ -20,10 +20,10 @@ from ..method.pretrain import stream
 from ..run.compare import describe, tasks, weights_id
 from ..run.keys import Task, task
 from ..run.stages import unit
+from ..systems.maps import filled
 from ..systems.settings import Config, resolved
 from tocoad.systems.tocoad import (
     _extractor,
-    _fill,
     _loss,
     embed,
     make_generator,
@@ -225,7 +225,7 @@ def tour(c, data, got, parts, device, progress): # got: values and tensors of th
     "What Figures 1 to 5 draw, from the two-stage run and the frozen one"
     (_, D0), (run, F0), (_, M), (_, s), (_, s_frozen) = got
     (F, D), tuned = make_networks(c, device), _extractor(c, F0, device)
-    D, loss, s, s_frozen = _fill(D, D0).eval(), _loss(c.loss, c, parts), s["patch_scores"], s_frozen["patch_scores"]
+    D, loss, s, s_frozen = filled(D, D0).eval(), _loss(c.loss, c, parts), s["patch_scores"], s_frozen["patch_scores"]
     k, grid = _shown(data, s_frozen, c), s.shape[1:]
     steps, draw, arrays = _tour_pictures(c, data, device, parts)
     I_G, y_G, I_t = steps["I_G"][None], steps["y_G"][None], to_float(crop(data.test.images[k:k + 1].to(device), c.size))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'generator', 'seen', 'two', 'encoder', 'Student', 'products', 'distances', 'student_loss', 'train',
            'normalised', 'taught', 'train_student', 'brick', 'Segment', 'segment_loss', 'compared', 'train_segment',
-           'image_scores', 'made', 'left', 'fit_student', 'fit_segment', 'learnt', 'prepared', 'scores', 'maps_of']
+           'image_scores', 'made', 'fit_student', 'fit_segment', 'learnt', 'prepared', 'scores', 'maps_of']
 
 # %% ../../nbs/systems/destseg.ipynb #de570004
 import time
@@ -28,7 +28,7 @@ from ..method.discriminator import focal_loss
 from ..method.guard import Guard
 from ..method.perlin import Perlin, rotate
 from ..method.pretrain import batches, seeded, stream
-from .maps import enlarge, extractor
+from .maps import arrays_of, enlarge, extractor, filled
 from .settings import Real, Shared, Whole, ask_for_textures
 
 # %% ../../nbs/systems/destseg.ipynb #de570009
@@ -261,15 +261,13 @@ def made(c, kind, name, channels, device): # has width, seed, compile; `Student`
         net.compile()
     return net
 
-def left(net): return {k: v.detach().cpu().contiguous().numpy() for k, v in net.state_dict().items()} # its state
-
 def fit_student(c, data, got, parts, device, progress): # log; the student's state
     "The student after all of its steps"
     F, G = extractor(c, device), generator(c, device)
     S = made(c, Student, "student", F.channels, device)
     with arithmetic(c.precision, device):
         log = train_student(F, S, G, data.train.images.to(device), c, progress)
-    return dict(log=log), left(S)
+    return dict(log=log), arrays_of(S)
 
 def fit_segment(c, data, got, parts, device, progress): # log; the network's state
     "The segmentation network after all of its steps"
@@ -277,13 +275,11 @@ def fit_segment(c, data, got, parts, device, progress): # log; the network's sta
     S, net = learnt(c, Student, "student", F, got[0], device), made(c, Segment, "segment", F.channels, device)
     with arithmetic(c.precision, device):
         log = train_segment(F, S, net, G, data.train.images.to(device), c, progress)
-    return dict(log=log), left(net)
+    return dict(log=log), arrays_of(net)
 
 def learnt(c, kind, name, F, stage, device): # as `made`; teacher; what a stage left
     "A network with the weights of a stage, in eval mode"
-    net = made(c, kind, name, F.channels, device)
-    net.load_state_dict({k: torch.from_numpy(v) for k, v in stage[1].items()})
-    return net.eval().requires_grad_(False)
+    return filled(made(c, kind, name, F.channels, device), stage[1]).eval().requires_grad_(False)
 
 # %% ../../nbs/systems/destseg.ipynb #de570059
 def prepared(c, got, parts, device): # images -> "p" (N, h_1, w_1)

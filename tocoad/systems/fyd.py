@@ -41,7 +41,7 @@ def dense_loss(
 
 # %% ../../nbs/systems/fyd.ipynb #f1d0000f
 def pose(
-    turn, zoom, right, down, # (B,) each: radians; natural logarithm; shifts, halves of the side
+    turn, zoom, right, down, # (B,) each: radians; natural logarithm; shifts, halves of the longer side
 ): # (B, 3, 3)
     "Where each place of an aligned image lies in the image"
     c, s = zoom.exp() * turn.cos(), zoom.exp() * turn.sin()
@@ -52,6 +52,9 @@ def moved(
     x, A, # (B, C, H, W); from `pose`
 ): # (B, C, H, W)
     "Images or maps whose place u shows what was at place A u; beyond the border its colour goes on"
+    longest = max(x.shape[2:])
+    shape = A.new_tensor([x.shape[3] / longest, x.shape[2] / longest, 1.]) # torch counts each side from -1 to 1
+    A = A * shape / shape[:, None]
     grid = nnf.affine_grid(A[:, :2], x.shape, align_corners=False).nan_to_num() # torch dies of a NaN; `Guard` sees it
     return nnf.grid_sample(x, grid, padding_mode="border", align_corners=False)
 

@@ -7,6 +7,7 @@ __all__ = ['FILE', 'keep', 'level', 'MMR', 'file_of', 'load_vit', 'Settings', 'r
            'prepared', 'scores']
 
 # %% ../../nbs/systems/mmr.ipynb #33b10004
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput
-from ..data.images import crop, to_float
+from ..data.images import crop, sides, to_float
 from ..method.arithmetic import arithmetic
 from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
 from ..method.weights import IMAGENET, file_sha256
 from .cflow import position_code
-from .maps import extractor
+from .maps import arrays_of, extractor, filled
 from .rd4ad import distance, place_distance
 from .settings import Real, Shared, Whole
 
@@ -56,22 +57,22 @@ class MMR(nn.Module):
     "Images in, maps of layers 1-3 out"
     def __init__(self,
         channels: tuple, # of the teacher's layers 1-3
-        size: int = 224, # side of an image, a multiple of 16
+        size=224, # of an image, as for `data.shape.sides`, multiples of 16
         width: float = 1., depth: int = 12, # share of ViT-B's 768 numbers a token; blocks
     ):
         super().__init__()
         heads = max(1, round(12 * width))
-        dim, self.side = 64 * heads, size // 16
-        self.vit = VisionTransformer(size, 16, num_classes=0, global_pool="", embed_dim=dim, depth=depth,
+        dim, self.grid = 64 * heads, tuple(n // 16 for n in sides(size))
+        self.vit = VisionTransformer(sides(size), 16, num_classes=0, global_pool="", embed_dim=dim, depth=depth,
                                      num_heads=heads)
         self.hidden = nn.Parameter(torch.randn(dim) * .02)
         self.levels = nn.ModuleList(level(dim, t, c) for t, c in zip((4, 2, 1), channels, strict=True))
-        code = position_code(self.side, self.side, dim).flatten(1).T
+        code = position_code(*self.grid, dim).flatten(1).T
         self.vit.pos_embed.requires_grad_(False).copy_(torch.cat([torch.zeros(1, dim), code])[None])
         for name, values in zip(("mean", "std"), IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def tokens(self, x, kept): # (B, 3, S, S) in [0, 1]; from `keep`
+    def tokens(self, x, kept): # (B, 3, H, W) in [0, 1]; from `keep`
         "What the transformer says of the tokens that it sees (B, kept, dim)"
         vit, where = self.vit, self.vit.pos_embed
         t = vit.patch_embed((x - self.mean) / self.std) + where[:, 1:]
@@ -79,14 +80,14 @@ class MMR(nn.Module):
         first = (vit.cls_token + where[:, :1]).expand(len(t), -1, -1)
         return vit.norm(vit.blocks(torch.cat([first, t], 1)))[:, 1:]
 
-    def forward(self, x, masked: float = 0.): # (B, 3, S, S) in [0, 1]; share of the tokens that is hidden
-        "Maps (B, C_l, S / s, S / s) of layers 1-3, strides s = 4, 8, 16, float32"
-        places = self.side**2
+    def forward(self, x, masked: float = 0.): # (B, 3, H, W) in [0, 1]; share of the tokens that is hidden
+        "Maps (B, C_l, H / s, W / s) of layers 1-3, strides s = 4, 8, 16, float32"
+        places = math.prod(self.grid)
         kept = keep(len(x), places, masked).to(x.device)
         t = self.tokens(x, kept)
         every = self.hidden.to(t.dtype).expand(len(x), places, -1)
         every = every.scatter(1, kept[..., None].expand(t.shape), t) + self.vit.pos_embed[:, 1:]
-        grid = every.transpose(1, 2).unflatten(2, (self.side, self.side))
+        grid = every.transpose(1, 2).unflatten(2, self.grid)
         return [level(grid).float() for level in self.levels]
 
 # %% ../../nbs/systems/mmr.ipynb #33b1001a
@@ -145,9 +146,10 @@ def rate(t: float): # share of the training done, 0 to 1
     return min(1., 4 * t) * .1**((t >= .6) + (t >= .8))
 
 # %% ../../nbs/systems/mmr.ipynb #33b10022
-def views(size: int, smallest: float = .7): # side, pixels; see `Settings`
+def views(size, smallest: float = .7): # as for `data.shape.sides`; see `Settings`
     "Random crops and mirror images of a batch (B, 3, H, W)"
-    cut = K.RandomResizedCrop((size, size), scale=(smallest, 1.), ratio=(3 / 4, 4 / 3), resample="bicubic",
+    h, w = sides(size)
+    cut = K.RandomResizedCrop((h, w), (smallest, 1.), [r * w / h for r in (3 / 4, 4 / 3)], resample="bicubic",
                               cropping_mode="resample")
     mirror = K.RandomHorizontalFlip()
     def view(images):
@@ -205,14 +207,12 @@ def fit(c, data, got, parts, device, progress): # log and hash of the first weig
     how = {k: getattr(c, k) for k in ("epochs", "batch", "lr", "betas", "decay", "masked", "smallest", "size", "seed")}
     with arithmetic(c.precision, device):
         log = train(S, F, data.train.images.to(device), progress=progress, **how)
-    return dict(log=log, vit=start), {k: v.detach().cpu().contiguous().numpy() for k, v in S.state_dict().items()}
+    return dict(log=log, vit=start), arrays_of(S)
 
 def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
     "What gives the distance between teacher and student at every place"
     F = parts.get("F") or extractor(c, device)
-    S = student(c, F)
-    S.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    S.to(device).eval()
+    S = filled(student(c, F), got[0][1]).to(device).eval()
     @torch.inference_mode()
     def distances(images):
         "Of some images"
