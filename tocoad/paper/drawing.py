@@ -50,6 +50,7 @@ def _told(panels):
         out.append(f"{name}: {len(d)}{ends}, of whose intervals {above} lie above 0 and {below} below")
     return ". ".join(out) + "."
 
+# %% ../../nbs/paper/drawing.ipynb #e30d1811
 def forest(
     panels: dict, # heading -> series -> label -> `Interval` or None, per cent
     heading: str = "",

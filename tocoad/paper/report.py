@@ -281,15 +281,16 @@ def records(r: Results) -> dict: # heading -> frame
 _SETS = ["category", "dataset", "train", "good", "bad", "fingerprint"]
 
 # %% ../../nbs/paper/report.ipynb #fb151bc1
-def _typeset(frames, name, title, notes):
-    "Tables for LaTeX, the notes beneath the last"
-    table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
-    *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
-    return [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
-
-# %% ../../nbs/paper/report.ipynb #c3133dcf
 _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "✓": r"\checkmark{}", "Δ": r"$\Delta$"})
 
+def _typeset(frames, name, title, notes):
+    "Tables as LaTeX, the notes beneath the last"
+    table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
+    *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
+    every = [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
+    return "\n".join(t.as_latex() for t in every).translate(_TEX)
+
+# %% ../../nbs/paper/report.ipynb #c3133dcf
 def write_table(
     frames: dict, # heading -> frame
     name: str, title: str, notes, out, # of the files; what was run; texts; folder of the reports
@@ -298,12 +299,12 @@ def write_table(
     forest=None, # matplotlib figure whose label says what is to be seen
 ) -> list: # paths
     "Write tables into `out`/tables as CSV, Markdown, HTML and LaTeX, and the picture beside them"
-    folder, typeset, first = Path(out) / "tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
+    folder, first = Path(out) / "tables", next(iter(frames.values()))
     md = [f"{h}\n\n{page(flat(f)).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
     texts = dict(csv=cells(first if numbers is None else numbers).to_csv(index=numbers is None),
                  md="\n\n".join([f"# {markup(title)}", *md, listed(notes)]) + "\n",
                  html=table_page(frames, name, title, notes, behind or {}, forest.get_label() if forest else ""),
-                 tex="\n".join(t.as_latex() for t in typeset).translate(_TEX))
+                 tex=_typeset(frames, name, title, notes))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
