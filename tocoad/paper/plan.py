@@ -245,7 +245,7 @@ def wanted(
 ) -> dict: # ("metrics" | "redraws" | "difference" | "gallery" | "tour" | one of `TRAINING`, target, ...) -> last `Task`
     "All tasks that targets want of a group, by what they are for"
     last, link = {}, cache(link)
-    cfg = lambda row, seed: o.config(dataset, category, seed, row)
+    cfg = cache(lambda row, seed: o.config(dataset, category, seed, row))
     run = lambda row, seed: link(cfg(row, seed))
     for t in targets:
         if t in TOURS:

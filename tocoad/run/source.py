@@ -9,6 +9,7 @@ __all__ = ['PACKAGE', 'REGISTRIES', 'version_of', 'sources', 'reach', 'fingerpri
 # %% ../../nbs/run/source.ipynb #2c6d505f
 import ast
 import hashlib
+import os
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -167,12 +168,15 @@ def code_hash(
 class Stale(BadInput):
     "The source on disk is no longer what this process runs"
 
-def _states():
-    "What changes when a loaded file is written"
-    paths = [PACKAGE / f"{room.replace('.', '/')}.py" for room in _LOADED]
-    return [(s.st_mtime_ns, s.st_size, s.st_ino) for p in paths if p.exists() for s in [p.stat()]]
+_FILES = [f"{PACKAGE}/{room.replace('.', '/')}.py" for room in _LOADED]
 
-_AT_START = _states()
+def _state(path):
+    "What changes when a file is written; None if it is gone"
+    with suppress(OSError):
+        s = os.stat(path)
+        return s.st_mtime_ns, s.st_size, s.st_ino
+
+_AT_START = [_state(p) for p in _FILES]
 
 # %% ../../nbs/run/source.ipynb #bc07ebb6
 def check_loaded(
@@ -181,7 +185,7 @@ def check_loaded(
     chosen=None, # as for `reach`
 ):
     "`Stale` if what a function depends on changed on disk after it was loaded"
-    now = now or (_LOADED if _states() == _AT_START else sources())
+    now = now or (_LOADED if [_state(p) for p in _FILES] == _AT_START else sources())
     if now == _LOADED:
         return
     with suppress(BadInput, SyntaxError): # gone, or half written
