@@ -758,6 +758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tocoad.paper.report.Results.tour': ('paper/report.html#results.tour', 'tocoad/paper/report.py'),
                                      'tocoad.paper.report.Value': ('paper/report.html#value', 'tocoad/paper/report.py'),
                                      'tocoad.paper.report.Value.__str__': ('paper/report.html#value.__str__', 'tocoad/paper/report.py'),
+                                     'tocoad.paper.report._how': ('paper/report.html#_how', 'tocoad/paper/report.py'),
                                      'tocoad.paper.report._paired': ('paper/report.html#_paired', 'tocoad/paper/report.py'),
                                      'tocoad.paper.report._pick': ('paper/report.html#_pick', 'tocoad/paper/report.py'),
                                      'tocoad.paper.report._setting': ('paper/report.html#_setting', 'tocoad/paper/report.py'),
