@@ -126,7 +126,7 @@ def heat_maps(
 def comparison_maps(
     result, # `Comparison`
     title: str,
-    n: int = 8, # images at most
+    n: int = 8, top: float = 4., # images at most; end of the colour scale
 ): # matplotlib figure
     "Heat maps of the first method and of the others, of ToCoAD's ways only the one with both stages"
     from tocoad.data.images import crop
@@ -138,7 +138,7 @@ def comparison_maps(
     chosen = pick(labels, test.defects, result.image[first][0], n)
     maps = {m: unit(result.maps[m][0], labels)[chosen] for m in shown}
     images, masks = (None if x is None else crop(x, result.cfg.size)[chosen].numpy() for x in (test.images, test.masks))
-    return heat_maps(images, masks, maps, [test.defects[i] for i in chosen], heading=title)
+    return heat_maps(images, masks, maps, [test.defects[i] for i in chosen], top, title)
 
 # %% ../../nbs/paper/drawing.ipynb #9468c3f4
 def save(fig, path) -> Path: # fig: matplotlib figure; path: file to write, in a folder that is made if needed

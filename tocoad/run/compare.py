@@ -36,7 +36,7 @@ from ..method.weights import BACKBONES, file_sha256, weights_path
 from .components import source_of
 from .config import settings_of
 from .keys import Task, chain, check_current, content, hardware, scored, versions
-from .report import pull
+from .report import NAMES, percent, pull
 from .source import code_hash
 from .store import Store
 from ..systems.check import check_numbers, check_parts, enough_memory, find_device
@@ -313,24 +313,20 @@ def compare(
     return _together(cfg, data, seeds, methods, runs, time.perf_counter() - start, device, left)
 
 # %% ../../nbs/run/5_compare.ipynb #64a26200
-DIFFERENCES = "image_auroc", "pixel_auroc", "aupro"
-
-def _percent(x):
-    "A share in per cent, None where it does not exist"
-    return None if x is None or not np.isfinite(x) else round(100 * float(x), 4)
+DIFFERENCES = tuple(NAMES)
 
 def _method(result, m, metrics):
     "What a record says of a method"
-    out = {k: dict(mean=_percent(mean), std=_percent(std)) for k, (mean, std) in metrics.items()}
+    out = {k: dict(mean=percent(mean, 4), std=percent(std, 4)) for k, (mean, std) in metrics.items()}
     if m in result.departures:
         out["departures"] = result.departures[m]
     pulls = [pull(log["stage2"]) for (n, _), log in result.logs.items() if n == m and "stage1" in log]
     if pulls:
-        out["pull"] = dict(mean=_percent(np.mean(pulls)))
+        out["pull"] = dict(mean=percent(np.mean(pulls), 4))
     if m != "frozen" and "frozen" in result.image:
         intervals = {k: result.difference(m, k) for k in DIFFERENCES if k in metrics}
         ends = "mean", "low", "high"
-        out["difference"] = {k: {p: _percent(getattr(v, p)) for p in ends} for k, v in intervals.items()}
+        out["difference"] = {k: {p: percent(getattr(v, p), 4) for p in ends} for k, v in intervals.items()}
     return out
 
 # %% ../../nbs/run/5_compare.ipynb #db3d22cf
@@ -341,7 +337,7 @@ def record(
     cfg, data = result.cfg, result.data
     about = dict(fingerprint=data.fingerprint, train=len(data.train), test=data.test.counts(), notes=list(data.notes))
     logs = [dict(method=m, seed=s, **log) for (m, s), log in result.logs.items() if log]
-    shares = lambda row: {k: _percent(v) if isinstance(v, float) else v for k, v in row.items()}
+    shares = lambda row: {k: percent(v, 4) if isinstance(v, float) else v for k, v in row.items()}
     rows = [shares(r) for r in result.rows.to_dict("records")]
     return dict(profile=cfg.profile, dataset=data.dataset, category=data.name, seeds=list(result.seeds),
                 hardware=hardware(result.gpu), config=asdict(cfg),
