@@ -1409,7 +1409,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tocoad.systems.mmr': { 'tocoad.systems.mmr.MMR': ('systems/mmr.html#mmr', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.MMR.__init__': ('systems/mmr.html#mmr.__init__', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.MMR.forward': ('systems/mmr.html#mmr.forward', 'tocoad/systems/mmr.py'),
-                                    'tocoad.systems.mmr.MMR.tokens': ('systems/mmr.html#mmr.tokens', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.Settings': ('systems/mmr.html#settings', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.Settings.resolved': ('systems/mmr.html#settings.resolved', 'tocoad/systems/mmr.py'),
                                     'tocoad.systems.mmr.file_of': ('systems/mmr.html#file_of', 'tocoad/systems/mmr.py'),

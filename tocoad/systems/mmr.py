@@ -95,14 +95,11 @@ class MMR(nn.Module):
         for name, values in zip(("mean", "std"), IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def tokens(self, x, kept): # (B, 3, S, S) in [0, 1]; from `keep`
-        "What the transformer says of the tokens that it sees (B, kept, dim)"
-        return told(self.vit, (x - self.mean) / self.std, kept)
-
     def forward(self, x, masked: float = 0.): # (B, 3, S, S) in [0, 1]; share of the tokens that is hidden
         "Maps (B, C_l, S / s, S / s) of layers 1-3, strides s = 4, 8, 16, float32"
         kept = keep(len(x), self.side**2, masked).to(x.device)
-        every = placed(self.tokens(x, kept), kept, self.hidden, self.side**2) + self.vit.pos_embed[:, 1:]
+        t = told(self.vit, (x - self.mean) / self.std, kept)
+        every = placed(t, kept, self.hidden, self.side**2) + self.vit.pos_embed[:, 1:]
         grid = every.transpose(1, 2).unflatten(2, (self.side, self.side))
         return [level(grid).float() for level in self.levels]
 
