@@ -64,7 +64,7 @@ def transformer(
     vit.pos_embed.requires_grad_(False).copy_(torch.cat([torch.zeros(1, dim), code])[None])
     return vit
 
-def told(vit, x, kept): # a `transformer`; normalised images (B, 3, S, S); from `keep`
+def told(vit, x, kept): # a `transformer`; normalised images (B, 3, H, W); from `keep`
     "What it says of the tokens that it sees (B, kept, dim)"
     t = vit.patch_embed(x) + vit.pos_embed[:, 1:]
     t = t.gather(1, kept[..., None].expand(-1, -1, t.shape[2]))
@@ -96,15 +96,12 @@ class MMR(nn.Module):
         for name, values in zip(("mean", "std"), IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def tokens(self, x, kept): # (B, 3, H, W) in [0, 1]; from `keep`
-        "What the transformer says of the tokens that it sees (B, kept, dim)"
-        return told(self.vit, (x - self.mean) / self.std, kept)
-
     def forward(self, x, masked: float = 0.): # (B, 3, H, W) in [0, 1]; share of the tokens that is hidden
         "Maps (B, C_l, H / s, W / s) of layers 1-3, strides s = 4, 8, 16, float32"
         places = math.prod(self.grid)
         kept = keep(len(x), places, masked).to(x.device)
-        every = placed(self.tokens(x, kept), kept, self.hidden, places) + self.vit.pos_embed[:, 1:]
+        t = told(self.vit, (x - self.mean) / self.std, kept)
+        every = placed(t, kept, self.hidden, places) + self.vit.pos_embed[:, 1:]
         grid = every.transpose(1, 2).unflatten(2, self.grid)
         return [level(grid).float() for level in self.levels]
 
