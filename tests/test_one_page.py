@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 from tocoad.run import compare
 from tocoad.run.config import config
+from tocoad.run.store import Store
 
 PAGE = Path(__file__).parents[1] / "nbs" / "method" / "0_one_page.ipynb"
 CELLS = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
@@ -35,10 +36,11 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command():
-    "What `tocoad run --profile smoke` computes, with one thread"
+    "What `tocoad run --profile smoke` computes or finds in the tests' store, with one thread"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield compare.compare(config("smoke"), methods=("frozen", "two_stage"), device="cpu", progress=False)
+    yield compare.compare(config("smoke"), methods=("frozen", "two_stage"), device="cpu", progress=False,
+                          store=Store())
     torch.set_num_threads(threads)
 
 
