@@ -224,15 +224,14 @@ def fit(
     "Learn from a folder of good parts"
     from tocoad.parts import fit as room
     from tocoad.parts.export import ask_for_onnx
-    patches = _at_most(patches, set_)
+    how = dict(system=system, quantile=quantile, most=most, patches=_at_most(patches, set_))
     with wrong_command():
         set_ = in_shape(set_, profile, lambda: good, all_below)
-        cfg = room.own(settle_own(system, profile, seed, set_), good, system, quantile, most=most, patches=patches)
+        cfg = room.own(settle_own(system, profile, seed, set_), good, **how)
         if export:
             ask_for_onnx(cfg, model) # what is missing is said before the work
     writable(model.parent, "--model")
-    d = room.fit(good, cfg, system, quantile, most=most, all_below=all_below, patches=patches, device=device,
-                 progress=not quiet)
+    d = room.fit(good, cfg, all_below=all_below, device=device, progress=not quiet, **how)
     _save(d, model, export)
 
 # %% ../nbs/cli.ipynb #fae1a3cb

@@ -73,6 +73,7 @@ def square(
     box = (left, top, im.width - left, im.height - top)
     return im.resize((w, h), Image.Resampling.BILINEAR, box)
 
+# %% ../../nbs/data/1_images.ipynb #97b8c3e1
 def crop(
     images: torch.Tensor, # (..., H, W): images, masks or maps
     size=224, # as for `sides`
@@ -209,8 +210,7 @@ def show(
         ax.axis("off")
     for i, (a, ax) in enumerate(zip(pictures, axs.flat, strict=False)):
         _draw(ax, a, None if masks is None else masks[i], colour, kw)
-        if text:
-            ax.set_title(text[i], fontsize=10, pad=4)
+        ax.set_title(text[i] if text else "", fontsize=10, pad=4)
     plt.show()
 
 # %% ../../nbs/data/1_images.ipynb #e103973f

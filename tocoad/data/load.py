@@ -29,23 +29,24 @@ from .shape import sides, spoken
 from ..files import source_hash, state_of
 
 # %% ../../nbs/data/load.ipynb #695c3b40
+def _opened(path):
+    "What a mask's file holds, and what to read the mask from: itself, or the file where it is large"
+    im = open_image(path)
+    return look(im, path), im if im.width * im.height <= 2**22 else path
+
 def _decode(items, size, shorter=False, cast=False):
     "Images, masks, a `Picture` without pixels of each, remarks"
-    n, with_mask, opened = len(items), [k for k, i in enumerate(items) if i.mask], {}
+    n, with_mask = len(items), [k for k, i in enumerate(items) if i.mask]
     images, masks = np.empty((n, 3, *sides(size)), np.uint8), np.zeros((n, *sides(size)), bool)
     def _image(k, top=SCALES[-1]):
         p = read_image(items[k].path, size, shorter, top)
         images[k] = p.pixels
         return p._replace(pixels=None)
-    def _look(m):
-        im = open_image(m)
-        if im.width * im.height <= 2**22: # larger ones are opened twice
-            opened[m] = im
-        return look(im, m)
-    def _mask(k): masks[k] = read_mask(opened.pop(items[k].mask, items[k].mask), size, cut, shorter, cast)[0]
+    def _mask(k): masks[k] = read_mask(opened[items[k].mask][1], size, cut, shorter, cast)[0]
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as ex:
         files = [items[k].mask for k in with_mask]
-        looks = dict(zip(files, ex.map(_look, files), strict=True))
+        opened = dict(zip(files, ex.map(_opened, files), strict=True))
+        looks = {m: drawn for m, (drawn, _) in opened.items()}
         about = list(ex.map(_image, range(n)))
         if (top := full_scale([p.peak for p in about])) < SCALES[-1]:
             about = list(ex.map(_image, range(n), [top] * n))

@@ -42,6 +42,7 @@ def _content(about, tensors):
         said.update(k.encode() + v.numpy().tobytes())
     return said.hexdigest()
 
+# %% ../../nbs/parts/3_export.ipynb #443c5937
 def save(
     detector: Detector, path, # and the model file; an older detector there is replaced
 ) -> Path:
@@ -64,13 +65,8 @@ def save(
     return path
 
 # %% ../../nbs/parts/3_export.ipynb #7d973c2c
-def load(
-    path, device: str | None = None, # written by `save`; None: a GPU if there is one
-) -> Detector:
-    "Read a detector; BadInput says why not"
-    device = find_device(device)
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise BadInput(f"{path} is not there, or cannot be read: give the model file that `tocoad fit` wrote")
+def _unpacked(path):
+    "What a model file says, its tensors, its settings, its system's key; BadInput if it is none"
     try:
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
@@ -82,10 +78,20 @@ def load(
             about["learned"] = dict(memory={k: about["images"][k] for k in ("patches", "kept")})
             config["image_score"], tensors["memory/bank"] = "patches", tensors.pop("bank")
         system = "tocoad" if config["method"] in TRAINS else config["method"]
-        cfg = SYSTEMS[system].kind(**config) if system in SYSTEMS else None
+        return about, tensors, SYSTEMS[system].kind(**config) if system in SYSTEMS else None, system
     except (SafetensorError, KeyError, TypeError, ValueError): # TypeError: a setting that is not known here
         raise BadInput(f"{path} is no detector of version {KIND['version']}, or was cut off or damaged: "
                        "give the safetensors file that `tocoad fit` wrote, or fit anew") from None
+
+# %% ../../nbs/parts/3_export.ipynb #bc94baab
+def load(
+    path, device: str | None = None, # written by `save`; None: a GPU if there is one
+) -> Detector:
+    "Read a detector; BadInput says why not"
+    device = find_device(device)
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise BadInput(f"{path} is not there, or cannot be read: give the model file that `tocoad fit` wrote")
+    about, tensors, cfg, system = _unpacked(path)
     one_of(system, SYSTEMS, f"the system of {path}")
     part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     arrays = lambda stage: {k: v.numpy() for k, v in part(f"{stage}/").items()}
@@ -205,6 +211,7 @@ def onnx_of(
             raise BadInput(f"{path} was not written for {model.name}: give the model another name, or move it away")
     return path
 
+# %% ../../nbs/parts/3_export.ipynb #dedd3052
 def export_onnx(
     detector: Detector, model, # path of its model file
 ) -> Path: # beside it

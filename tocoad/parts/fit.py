@@ -79,9 +79,6 @@ class Detector:
         rows = halving(self.rows, images, batch)[0]
         return rows[:, 0], rows[:, 1:].unflatten(1, sides(self.cfg.size))
 
-    def __repr__(self):
-        return f"Detector({self.cfg.category}, {system_of(self.cfg).name}, threshold {self.threshold:.4g})"
-
 # %% ../../nbs/parts/1_fit.ipynb #70b00011
 @patch
 def read(self: Detector, x, _read=read) -> Picture: # as for `image_of`
@@ -93,6 +90,7 @@ def read(self: Detector, x, _read=read) -> Picture: # as for `image_of`
         raise BadInput("it has more or fewer bits a channel than the good parts: store it as they are stored")
     return p
 
+# %% ../../nbs/parts/1_fit.ipynb #d8c2e14d
 @dataclass
 class Result:
     "What a detector says of a picture"
@@ -157,6 +155,7 @@ def bounded(
     every = n * area(c.size) // 64 # layer 2 has stride 8
     return c.replace(coreset=min(c.coreset, patches / every))
 
+# %% ../../nbs/parts/1_fit.ipynb #0b57dc84
 def fit(
     good, cfg: Shared | None = None, # folder of good parts, or a list of pictures; settings, None: `config("laptop")`
     system: str = "frozen", # a key of `SYSTEMS`; it takes of other settings what it shares with them
@@ -202,6 +201,7 @@ def own(
     check_textures(cfg)
     return cfg
 
+# %% ../../nbs/parts/1_fit.ipynb #c41cc90d
 def _few(n, about):
     need = math.ceil(about["quantile"] / (1 - about["quantile"]) - 1e-9)
     return [f"only {_many(n, 'good image')} held out: their largest score is the threshold, so about "
@@ -239,6 +239,10 @@ def text(self: Detector):
                 + f"weights {a['weights']}, " * bool(a["weights"]) + f"images {i['fingerprint'][:8]}"}
     return "\n".join([f"detector of {printable(c.category)}", *(f"  {k:<12}  {v}" for k, v in facts.items()),
                       *(f"note: {n}" for n in dict.fromkeys(a["notes"] + _few(i["held_out"], a)))])
+
+@patch
+def __repr__(self: Detector):
+    return f"Detector({self.cfg.category}, {system_of(self.cfg).name}, threshold {self.threshold:.4g})"
 
 @patch
 def _repr_markdown_(self: Detector): return f"```\n{self.text()}\n```"

@@ -260,12 +260,12 @@ def read_good(
         raise BadInput(f"{at} holds {_many(len(found), 'image')} ({len(keep)} different{ours}): give at least {LEAST} "
                        f"good parts ({', '.join(sorted(SUFFIXES))}), better 100")
     arrays, sizes, modes, *_, peaks = zip(*got, strict=True)
-    copies, aspects, notes = len(names) - len(keep), [w / h for w, h in sizes], _oddities(sizes, modes, size)
+    copies, aspects = len(names) - len(keep), [w / h for w, h in sizes]
     more = f"{len(found):,} good images were found and {most:,} of them used; raise most to use more"
     said = {more: len(found) > most,
             f"{_many(copies, 'image')} left out as exact copies of others": copies,
             f"{_many(every.count(None), 'picture')} that {MARK} wrote left out": None in every}
-    notes += [*deep(peaks, ()), *(text for text, true in said.items() if true)]
+    notes = [*_oddities(sizes, modes, size), *deep(peaks, ()), *(text for text, true in said.items() if true)]
     facts = dict(found=len(found), copies=copies, aspects=[min(aspects), max(aspects)], top=top, draft=True,
                  deep=sorted({p is not None for p in peaks}))
     return torch.from_numpy(np.stack([arrays[i] for i in keep])), [names[i] for i in keep], facts, notes

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from ..method.memory import Memory, anomaly_maps, score_paper, score_plain
-from .maps import extractor
+from .maps import extractor, grid_of
 from .settings import Real, Shared, Whole
-from .tocoad import embed, grid_of
+from .tocoad import embed
 
 # %% ../../nbs/systems/patchcore.ipynb #506a045f
 @dataclass(frozen=True)

@@ -98,9 +98,8 @@ class Step(nn.Module):
         super().__init__()
         self.k, self.last = k, k + 1 == c.levels
         self.sees = [j for j in (k - 1, k + 1) if 0 <= j < c.levels]
-        self.net = mover(len(self.sees), channels, c.kernel)
-        grid = [n >> (k - self.last) for n in sides(size)]
-        self.norm, self.mix = VolumeNorm(c.volume, channels, grid), Mix(channels)
+        self.net, self.mix = mover(len(self.sees), channels, c.kernel), Mix(channels)
+        self.norm = VolumeNorm(c.volume, channels, [n >> (k - self.last) for n in sides(size)])
 
     def moves(self, maps): # a pyramid of (B, C, h_l, w_l)
         "Log-stretch and shift of the level, (B, C, h, w) each"

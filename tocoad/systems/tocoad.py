@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'make_generator', 'make_views', 'make_networks', 'make_contrast', 'two_views', 'pairs', 'stage1',
-           'stage2', 'contrastive', 'embed_batch', 'embed', 'grid_of', 'memory', 'prepared', 'scores', 'maps_of',
-           'judge', 'curve', 'train', 'score']
+           'stage2', 'contrastive', 'embed_batch', 'embed', 'memory', 'prepared', 'scores', 'maps_of', 'judge', 'curve',
+           'train', 'score']
 
 # %% ../../nbs/systems/3_tocoad.ipynb #d285c4d6
 import copy
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as nnf
 
-from ..data.images import Category, crop, sides, textures, to_float
+from ..data.images import Category, crop, textures, to_float
 from ..measure.metrics import evaluate
 from ..method.arithmetic import arithmetic
 from ..method.contrast import CONTRASTS, Heads, Views, layer_spread
@@ -30,7 +30,7 @@ from ..method.memory import SCORERS, Memory, anomaly_maps, image_scores, patch_f
 from ..method.nsa import NSA
 from ..method.perlin import Perlin
 from ..method.pretrain import check_discriminator, pretrain, seeded, stream
-from .maps import arrays_of, filled
+from .maps import arrays_of, filled, grid_of
 from .settings import Config, ask_for_textures, resolved
 from .system import TRAINS
 
@@ -197,11 +197,6 @@ def embed(
 ): # patch features (N, P, d)
     "Patch features of layers 2 and 3 for all images"
     return halving(lambda x: embed_batch(F, x, c, parts), images, batch)[0]
-
-def grid_of(c): # has size
-    "Rows and columns of patches: layer 2 has stride 8"
-    h, w = sides(c.size)
-    return h // 8, w // 8
 
 def _extractor(c, arrays, device):
     "F, tuned if there are arrays of its state"
