@@ -102,7 +102,7 @@ def test_the_page_is_short_and_each_exercise_is_solved(solution):
 
 
 @pytest.mark.parametrize("name, given", [
-    ("change_one_thing", dict(profile="smoke", settings=dict(epochs1=1))),
+    ("change_one_thing", dict(profile="smoke", settings=TINY)),
     ("before_you_believe_it", dict(ideas=2, others=["grass"])),
     pytest.param("for_contributors", {}, marks=pytest.mark.slow)])
 def test_notebook_runs_small(name, given, tmp_path):

@@ -1,5 +1,6 @@
 """The method as a whole: every variant trains, independent implementations agree, real images give known figures."""
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -50,17 +51,34 @@ OF_F = [
     dict(train_d=True), dict(freeze=2), dict(bn2="train")]
 
 
+@pytest.fixture(scope="module")
+def washer96(washer):
+    return replace(washer, train=load(None, "mini", "washer", size=96).train[:8])
+
+
+def trained(cfg, data):
+    "D after stage I and F after stage II"
+    c = cfg.resolved()
+    one = tocoad_room.stage1(c, data, [], {}, "cpu", False)
+    return one[1], tocoad_room.stage2(c, data, [one], {}, "cpu", False)[1]
+
+
+@pytest.fixture(scope="module")
+def unchanged(washer96):
+    "Settings without a change, and what they train; once each"
+    @cache
+    def unchanged(**shared):
+        base = config("smoke", **TINY | dict(resize=96) | shared)
+        return base, trained(base, washer96)
+    return unchanged
+
+
 @pytest.mark.parametrize("change,what", [(c, "D") for c in OF_D] + [(c, "F") for c in OF_F], ids=str)
-def test_a_setting_reaches_what_it_names_and_nothing_before(washer, change, what):
+def test_a_setting_reaches_what_it_names_and_nothing_before(washer96, unchanged, change, what):
     "Stage I's settings change D; stage II's leave D as it is and change F"
     shared = {k: change[k] for k in ("generator", "contrast", "epochs2") if k in change}
-    base = config("smoke", **TINY | dict(resize=96) | shared)
-    def trained(cfg):
-        c = cfg.resolved()
-        one = tocoad_room.stage1(c, washer, [], {}, "cpu", False)
-        return one[1], tocoad_room.stage2(c, washer, [one], {}, "cpu", False)[1]
-    washer = replace(washer, train=load(None, "mini", "washer", size=96).train[:8])
-    (D, F), (D_new, F_new) = trained(base), trained(base.replace(**change))
+    base, (D, F) = unchanged(**shared)
+    D_new, F_new = trained(base.replace(**change), washer96)
     same = lambda a, b: all(np.array_equal(a[k], b[k]) for k in a)
     assert same(D, D_new) == (what == "F") and not same(F, F_new)
 
@@ -158,7 +176,7 @@ def test_batch_size_does_not_change_scores(washer):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("norm,pixel", [("own", .978), ("imagenet", .982)])
+@pytest.mark.parametrize("norm,pixel", [("own", .978), pytest.param("imagenet", .982, marks=pytest.mark.slow)])
 def test_bottle_frozen(real, norm, pixel):
     "Frozen EfficientNet-Lite0, plain scorer, 10 % memory, 256 cropped to 224"
     cfg = config("laptop", category="bottle", norm=norm)

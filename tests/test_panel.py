@@ -13,7 +13,7 @@ from tocoad.run import exchange
 from tocoad.run.store import Store
 
 RESULTS = Path(__file__).parents[1] / "nbs/paper/results/systems"
-TINY = ["size=64", "resize=64", "epochs1=1", "epochs2=10", "width=32", "batch=8", "bn2=train", "curve=5"]
+TINY = ["size=32", "resize=32", "epochs1=1", "epochs2=10", "width=32", "batch=32", "bn2=train", "curve=5"]
 
 
 @pytest.fixture(scope="module")
