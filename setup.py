@@ -25,7 +25,7 @@ setup(
     classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter",
                  "Topic :: Scientific/Engineering :: Image Recognition"],
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["paper/*.csv", "parts/*.html", "site/*.html", "site/*.css"]},
+    package_data={lib: ["paper/*.csv", "paper/*.css", "parts/*.html", "site/*.html", "site/*.css"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},

@@ -1,10 +1,12 @@
 "The benchmark: its yardsticks, and the command that runs its notebooks and says what was measured."
+import ast
 import json
 import re
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -74,6 +76,21 @@ def test_a_machine_that_becomes_slow_hits_both_runners():
 def test_no_product_beats_the_rate_by_much():
     rate, x = measuring.matmul_rate(shape=(1024, 512, 1024), seconds=.3), torch.rand(1024, 256)
     assert rate > 1e9 and 2 * 1024**2 * 256 / min(measuring.timed(lambda: x @ x.T, 5)) < 3 * rate
+
+
+def test_counted_operations():
+    "A product of 3 x 4 and 4 x 5 is 60 multiplications and 60 additions"
+    assert measuring.flop(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 120
+
+
+def test_real_images_are_found_below_what_is_named_or_the_variable(tmp_path, monkeypatch):
+    monkeypatch.delenv("TOCOAD_DATA", raising=False)
+    (tmp_path / "mvtec_ad" / "screw").mkdir(parents=True)
+    found = f"{tmp_path}/mvtec_ad"
+    assert [measuring.mvtec(r, "screw") for r in (None, tmp_path, tmp_path / "other")] == [None, found, None]
+    monkeypatch.setenv("TOCOAD_DATA", str(tmp_path))
+    assert [measuring.mvtec(r, "screw") for r in (None, tmp_path / "other")] == [found, found]
+    assert measuring.mvtec(None, "bottle") is None
 
 
 def test_goals_tables_and_words(tmp_path):
@@ -191,6 +208,17 @@ def test_notebooks_take_the_same_parameters(name):
     found = papermill.inspect_notebook(str(bench.notebook_of(name)))
     assert list(found) == ["device", "out", "root", "repeats", "quick"] and found["quick"]["default"] == "False"
     assert 5 <= len(code_of(name)) <= 24
+
+
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_notebooks_ask_a_room_only_for_what_it_has(name):
+    "Also in cells that small sizes leave out"
+    nodes, rooms = [*ast.walk(ast.parse(source(name)))], {"bench": measuring}
+    for n in nodes:
+        if isinstance(n, ast.ImportFrom) and n.module.startswith("tocoad"):
+            rooms |= {a.asname or a.name: resolve_name(f"{n.module}.{a.name}") for a in n.names}
+    asked = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in rooms]
+    assert asked and all(hasattr(rooms[n.value.id], n.attr) for n in asked)
 
 
 def test_every_goal_has_its_measurement():

@@ -31,6 +31,19 @@ RANGES = {name: get_args(core(kind)) for name, kind in KINDS.items() if get_orig
 NUMBERS, NAMES = ([name for name, (of, _) in RANGES.items() if (of is str) == text] for text in (False, True))
 
 
+@pytest.mark.parametrize("name", ["size", "resize"])
+def test_a_shape_is_a_size_whose_sides_are_in_the_range(name):
+    whole = lambda x: CFG.replace(size=x, resize=x)
+    for x, kept in {"320x96": "320x96", "96x96": 96, "96": 96, (96, 320): "320x96", np.int64(96): 96}.items():
+        assert getattr(whole(x), name) == kept == getattr(whole(kept), name)
+    for x in ("320x", "x320", "320x9000", "16x320", "320x96x3", "auto", (320, 96.5), (320,)):
+        refused(name, x)
+    with pytest.raises(BadInput, match="size must be a multiple of 32, at most resize"):
+        CFG.replace(size="320x100")
+    with pytest.raises(BadInput, match="size must be a multiple of 32, at most resize"):
+        CFG.replace(size="320x96", resize="288x96")
+
+
 def like(name, x):
     "A value in the shape of the setting: x itself, or a tuple that holds it"
     old = getattr(CFG, name)

@@ -290,7 +290,7 @@ WRONG = [
     ("contrast", NanForTheLog, "holds NaN"), ("contrast", LossPerImage, "it gave a tensor float32 (3,)"),
     ("views", one_channel, "not (3, 3, any, any)"), ("views", beyond_range, "are not within [0, 1]"),
     ("views", numpys_flip, "random numbers of NumPy or Python"), ("views", too_small, "at least 32 x 32 pixels"),
-    ("views", one_view_of_all, "not (3, 3, any, any)"), ("views", Views, "AssertionError: "),
+    ("views", one_view_of_all, "not (3, 3, any, any)"), ("views", Views, "TypeError: "),
     ("head", other_width, "it gave a tensor float32 (4, 16), not (4, 32)"), ("head", no_module, "not a module"),
     ("head", nn.Linear(32, 32), "TypeError"),
     ("patches", maps_as_they_are, "not (3, any, any)"), ("patches", ten_places, "10 places are no square grid"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ QUICK = dict(epochs=2, epochs1=1, epochs2=1, steps1=2, steps2=2, batch=4, blocks
              width=1 / 16, lr=1e-3, channels=20, gallery=3, coreset=.2, textures="embedded") # of those it has
 BASE = config("smoke", resize=SIZE, size=SIZE, sigma=2., epochs1=1, epochs2=1, batch=4, coreset=.2)
 WITH_ONNX = {"frozen", "tocoad", "patchcore"}
+NAMES = dict( # of the arrays in a model file: how many, and a sum of them
+    frozen=(2, 2449183241), tocoad=(2, 2449183241), padim=(3, 420465713), spade=(2, 3031480201),
+    patchcore=(2, 2449183241), fapm=(4, 3306842993), rd4ad=(336, 4065441565), draem=(347, 2654029576),
+    fastflow=(48, 4071380053), cflow=(43, 2066494633), spr=(95, 1268497684), pyramidflow=(358, 1817248417),
+    destseg=(308, 4289885034), vtadl=(78, 2753954855), mmr=(81, 2594950121), fyd=(305, 3722258219))
 SEES = {"frozen", "tocoad", "padim", "patchcore", "fapm"} # the others need more images or epochs than these
 
 
@@ -126,6 +132,14 @@ def test_a_folder_is_scored(made, parts, tmp_path):
     assert (done.images, done.unreadable, len(done.heat_maps)) == (4, 0, 2)
     want = dict(zip((f"{k}.png" for k in range(4)), d.judge(parts[2:6])[0].tolist(), strict=True))
     assert {n: s for n, s, _ in done.scores} == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+def test_arrays_keep_their_names(made):
+    "Files that were saved have them under these"
+    key, d, _ = made
+    names = sorted(f"{stage}/{name}" for stage, (_, arrays) in d.state.items() for name in arrays)
+    found = len(names), crc32(" ".join(names).encode())
+    assert found == NAMES.get(key, found), "earlier files cannot be loaded any more"
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_what_moves(washer, align):
     start = {k: v.clone() for k, v in S.state_dict().items()}
     fyd.train(S, washer.train.images, epochs=2, batch=4, lr_head=.3, size=64, progress=False)
     moved = {k for k, v in S.state_dict().items() if not torch.equal(v, start[k])}
-    assert {k.split(".")[0] for k in moved} == {"F", "projectors", "predictors"} | MOVES[align]
+    assert {k.removeprefix("heads.").split(".")[0] for k in moved} == {"F", "projectors", "predictors"} | MOVES[align]
     inside = {f"F.{n}" for n in S.F.below(3)}
     assert {k for k in moved if k.startswith("F.")} == inside
     assert not S.training and not any(p.requires_grad for p in S.parameters())
@@ -104,7 +104,7 @@ def test_scores_lie_where_the_image_has_them(washer, got):
     far["maps.look.6.weight"] = np.zeros_like(far["maps.look.6.weight"])
     far["maps.look.6.bias"] = far["maps.usual"] = np.zeros(4, np.float32)
     c = settings()
-    (_, A), = fyd.look(fyd.filled(c, far, "cpu"), washer.test.images[:1], c, "cpu")
+    (_, A), = fyd.look(fyd.learned(c, far, "cpu"), washer.test.images[:1], c, "cpu")
     assert A[0, 0, 2] > .19
     shifted = [(values, far), fyd.fit_gaussians(c, washer, [(values, far)], {}, "cpu", False)]
     dot = washer.test.images[:1].clone()

@@ -117,9 +117,12 @@ def test_rotate_turns_as_it_says(washer, T):
     assert not degrees["none"].any() and not off["right"].any() and set(degrees["right"].tolist()) == {0, 90, 180, 270}
     assert 4 < degrees["slight"].abs().max() <= 5 and off["both"].abs().max() <= 5.001 and degrees["both"].max() > 260
     assert torch.equal(Perlin(textures=T, rotate="none").base(washer)[0], washer)
-    with pytest.raises(BadInput, match="square"):
-        Perlin(textures=T)(washer[..., :100])
-    assert Perlin(textures=T, rotate="slight")(washer[..., :100], seeded())[0].shape == (8, 3, 224, 100)
+    half = perlin.rotate(images[..., :6], "right", generator=seeded(1))
+    assert set((half[1] % 360).tolist()) == {0, 180} and half[0].shape[-2:] == images[..., :6].shape[-2:]
+    upside = half[1] % 360 == 180
+    torch.testing.assert_close(half[0][upside], images[..., :6].flip(-1, -2)[upside], atol=1e-5, rtol=0)
+    torch.testing.assert_close(half[0][~upside], images[..., :6][~upside], atol=1e-5, rtol=0)
+    assert Perlin(textures=T)(washer[..., :100], seeded())[0].shape == (8, 3, 224, 100)
 
 
 def test_angle_and_fill_reach_the_base_image(washer, T):

@@ -120,11 +120,11 @@ def test_load(trees, layout, traps):
 
 def test_load_says_what_is_odd(trees):
     said = lambda layout, name: " | ".join(load(trees[layout, True], category=name, size=64, cache=False).notes)
-    assert "1 of 10 anomalous images: the mask is empty" in said("btad", "03") and "64 x 48, sides not equal" in said(
+    assert "1 of 10 anomalous images: the mask is empty" in said("btad", "03") and "64 x 48, and shapes are" in said(
         "btad", "03"
     )
     assert "1 of 10 anomalous images: the mask is empty" in said("magnetic_tile", "magnetic_tile")
-    assert "sizes (48 x 64 to 64 x 64), sides not equal" in said("visa", "candle") and "mask is empty" not in said(
+    assert "sizes (48 x 64 to 64 x 64), and shapes" in said("visa", "candle") and "mask is empty" not in said(
         "visa", "candle"
     )
     assert "images are grey" in said("mvtec", "washer") and "all images are grey" in said("mvtec_ad_2", "vial")

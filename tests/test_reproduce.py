@@ -512,7 +512,7 @@ def test_two_profiles_stand_side_by_side(say, tmp_path):
     )
     assert status == 0, err
     text = (tmp_path / "o" / "tables" / "table5.md").read_text()
-    assert "profile literal and paper" in text and "textures=embedded" in text.splitlines()[0]
+    assert "profiles literal and paper" in text and "textures=embedded" in text.splitlines()[0]
     head, rows = (
         next(l for l in text.splitlines() if l.startswith("| NCL")),
         [l for l in text.splitlines() if l.startswith("| ")],

@@ -10,8 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from .data.errors import BadInput
-from .paper.regenerate import run_notebook
+from .paper.regenerate import in_clone, run_notebook
 from .run.source import PACKAGE
 
 # %% ../nbs/bench.ipynb #20dfb269
@@ -23,10 +22,7 @@ def notebook_of(
     name: str, # of `BENCHES`, or "results"
 ) -> Path:
     "The notebook that measures"
-    if not (path := FOLDER / f"{name}.ipynb").exists():
-        raise BadInput(f"{path.name} is not beside this installation: clone the repository, "
-                       "install it with `pip install -e .`, and run tocoad from there.")
-    return path
+    return in_clone(FOLDER / f"{name}.ipynb")
 
 # %% ../nbs/bench.ipynb #bf02246b
 def measure(

@@ -76,6 +76,7 @@ def folder_state(folder: Path | str) -> str: # 16 hexadecimal digits
     return hashlib.blake2b(repr((os.path.realpath(folder), found)).encode(errors="surrogateescape"),
                            digest_size=8).hexdigest()
 
+# %% ../nbs/files.ipynb #5f1c9e0b
 def folder_content(folder: Path | str) -> str: # 16 hexadecimal digits
     "A hash of the names and contents of the files below a folder, or of a file's content"
     kept = cache_dir() / "contents" / folder_state(folder)

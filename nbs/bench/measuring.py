@@ -27,6 +27,7 @@ import pandas as pd
 import psutil
 import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from torch.utils.flop_counter import FlopCounterMode
 
 from tocoad.data.errors import BadInput
 from tocoad.data.load import load as load_images
@@ -61,6 +62,19 @@ def matmul_rate(device="cpu", shape=(4096, 1024, 2048), dtype="float32", seconds
     A, B = (torch.rand(s, device=device).to(getattr(torch, dtype)) for s in ((m, k), (k, n)))
     t = Timer("A @ B", globals=dict(A=A, B=B), num_threads=torch.get_num_threads())
     return 2 * m * k * n / min(t.blocked_autorange(min_run_time=seconds).times)
+
+
+def flop(f):
+    "Operations of a call, as PyTorch counts them"
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def mvtec(root, category):
+    "The folder `mvtec_ad` below `root` or TOCOAD_DATA that holds a category; None: there is none"
+    places = [f"{p}/mvtec_ad" for p in (root, os.environ.get("TOCOAD_DATA")) if p]
+    return next((p for p in places if os.path.isdir(f"{p}/{category}")), None)
 
 
 class Watch:

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .cache import cached
 from .errors import BadInput
+from .shape import sides, spoken
 from ..files import source_hash, state_of
 from ..names import drawn, markup
 
@@ -60,26 +61,29 @@ def rgb(
 # %% ../../nbs/data/1_images.ipynb #a7cc8f3c
 def square(
     im: Image.Image, # any size
-    size: int = 256, # side, pixels
-    shorter: bool = False, # the shorter side becomes `size`, and the middle is kept
-) -> Image.Image: # size x size
-    "Resized to size x size, bilinear, with antialiasing (gap 53)"
-    if im.size == (size, size):
+    size=256, # as for `sides`
+    shorter: bool = False, # the shorter side becomes that of `size`, and the middle is kept
+) -> Image.Image: # of that size
+    "Resized, bilinear, with antialiasing (gap 53)"
+    h, w = sides(size)
+    if im.size == (w, h):
         return im
-    left, top = ((n - min(im.size)) / 2 if shorter else 0 for n in im.size)
+    middle = min(im.width, im.height * w / h), min(im.height, im.width * h / w)
+    left, top = ((n - m) / 2 if shorter else 0 for n, m in zip(im.size, middle, strict=True))
     box = (left, top, im.width - left, im.height - top)
-    return im.resize((size, size), Image.Resampling.BILINEAR, box)
+    return im.resize((w, h), Image.Resampling.BILINEAR, box)
 
+# %% ../../nbs/data/1_images.ipynb #97b8c3e1
 def crop(
     images: torch.Tensor, # (..., H, W): images, masks or maps
-    size: int = 224, # side of the centre square, pixels
-) -> torch.Tensor: # (..., size, size), a view
-    "The centre square of images, masks or maps"
-    h, w = images.shape[-2:]
-    if min(h, w) < size:
-        raise BadInput(f"cannot crop {size} x {size} from {h} x {w} pixels: take a smaller crop or larger images")
-    y, x = (h - size) // 2, (w - size) // 2
-    return images[..., y:y + size, x:x + size]
+    size=224, # as for `sides`
+) -> torch.Tensor: # of that size, a view
+    "The centre of images, masks or maps"
+    (H, W), (h, w) = images.shape[-2:], sides(size)
+    if h > H or w > W:
+        raise BadInput(f"cannot crop {spoken(size)} from {W} x {H} pixels: take a smaller crop or larger images")
+    y, x = (H - h) // 2, (W - w) // 2
+    return images[..., y:y + h, x:x + w]
 
 def to_float(images: torch.Tensor) -> torch.Tensor: # uint8, any shape; float32
     "Stored values as numbers in [0, 1]"
@@ -132,7 +136,7 @@ def open_image(
 # %% ../../nbs/data/1_images.ipynb #6bc51bfc
 class Picture(NamedTuple):
     "One image, and what its file was like"
-    pixels: np.ndarray # uint8 (3, S, S)
+    pixels: np.ndarray # uint8 (3, H, W)
     size: tuple # width, height, upright
     mode: str # Pillow's
     turn: int # of its EXIF note
@@ -142,11 +146,11 @@ class Picture(NamedTuple):
 
 def squared(
     im: Image.Image, # as `open_image` gives it
-    size: int = 256, # side of the square, pixels
+    size=256, # as for `sides`
     shorter: bool = False, # see `square`
     top: int = 65535, # see `rgb`
 ) -> Picture:
-    "An image as a square array"
+    "An image as an array of one size"
     full, peak = rgb(im, top), int(np.max(im.getextrema())) if im.mode[0] == "I" else None
     pixels = np.asarray(square(full, size, shorter))
     content = hashlib.sha256(pixels.tobytes()).hexdigest()
@@ -156,11 +160,11 @@ def squared(
 # %% ../../nbs/data/1_images.ipynb #8dc0afe4
 def read_image(
     path: Path | str, # an image file
-    size: int = 256, # side of the square, pixels
+    size=256, # as for `sides`
     shorter: bool = False, # see `square`
     top: int = 65535, # see `rgb`
 ) -> Picture:
-    "One image file, decoded and squared"
+    "One image file, decoded and resized"
     return squared(open_image(path), size, shorter, top)
 
 # %% ../../nbs/data/1_images.ipynb #5fc15b91
@@ -206,17 +210,16 @@ def show(
         ax.axis("off")
     for i, (a, ax) in enumerate(zip(pictures, axs.flat, strict=False)):
         _draw(ax, a, None if masks is None else masks[i], colour, kw)
-        if text:
-            ax.set_title(text[i], fontsize=10, pad=4)
+        ax.set_title(text[i] if text else "", fontsize=10, pad=4)
     plt.show()
 
 # %% ../../nbs/data/1_images.ipynb #e103973f
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
     "Images of one split and what is known of each"
-    images: torch.Tensor # uint8 (N, 3, S, S)
+    images: torch.Tensor # uint8 (N, 3, H, W)
     labels: torch.Tensor # bool (N,), true = anomalous
-    masks: torch.Tensor | None # bool (N, S, S); None if any anomalous image lacks a mask
+    masks: torch.Tensor | None # bool (N, H, W); None if any anomalous image lacks a mask
     defects: tuple # "good" or the kind of defect
     paths: tuple # files, relative to the category's folder
 
@@ -269,9 +272,9 @@ class Category:
         return f"Category({self.dataset}/{self.name}, {sizes}, {self.fingerprint[:8]})"
 
     def _repr_markdown_(self):
-        side, splits = self.train.images.shape[-1], dict(train=self.train, validation=self.validation, test=self.test)
+        splits = dict(train=self.train, validation=self.validation, test=self.test)
         return "\n".join([
-            f"**{markup(self.dataset)} / {markup(self.name)}**, {side} x {side}, "
+            f"**{markup(self.dataset)} / {markup(self.name)}**, {spoken(self.train.images.shape[-2:])}, "
             f"fingerprint `{self.fingerprint[:12]}`", "",
             "| split | defect | images | defect's area, % |", "|---|---|---:|---:|",
             *(row for name, s in splits.items() if s is not None for row in _rows(s, f"| {name} ")),

@@ -130,18 +130,18 @@ def unfit(
     return ""
 
 # %% ../../nbs/data/masks.ipynb #9efb7c8c
-def covered(mask: np.ndarray, size: int = 256, shorter: bool = False) -> np.ndarray: # bool (H, W); as in `square`
-    "How much of each pixel of the square a mask covers, float (size, size) in [0, 1]"
+def covered(mask: np.ndarray, size=256, shorter: bool = False) -> np.ndarray: # bool (H, W); as in `square`
+    "How much of each pixel of the resized image a mask covers, float in [0, 1]"
     return np.asarray(square(Image.fromarray(mask.astype(np.float32)), size, shorter))
 
 def read_mask(
     path: Path | str | Image.Image, # a mask file; or what `open_image` gave of it
-    size: int = 256, # side of the square, pixels
+    size=256, # as for `sides`
     cut: int = 0, # numbers above this are anomalous, see `encoding`
     shorter: bool = False, # see `square`
     cast: bool = False, # only pixels wholly inside count, as in PatchCore's code (gap 52)
-) -> tuple: # bool array (size, size); original (width, height)
-    "One mask file, squared and cut at one half"
+) -> tuple: # bool array of that size; original (width, height)
+    "One mask file, resized and cut at one half"
     m = binary(path if isinstance(path, Image.Image) else open_image(path), cut)
     c = covered(m, size, shorter)
     return c == 1 if cast else c > 0.5, m.shape[::-1]

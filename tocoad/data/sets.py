@@ -44,6 +44,7 @@ DATASETS = {
     "lab": DataSet("the lab's drawn set", None),
     "own": DataSet("a data set of your own", None)}
 
+# %% ../../nbs/data/sets.ipynb #1479965b
 def made_of(
     name: str, # of a data set, such as mvtec_ad_own_split
 ) -> str | None: # such as mvtec_ad

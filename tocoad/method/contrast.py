@@ -12,28 +12,29 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..data.images import BadInput
+from ..data.images import BadInput, sides
 from .arithmetic import arithmetic
 
 # %% ../../nbs/method/5_contrast.ipynb #947dd8e8
 class Views(nn.Module):
     "SimSiam's augmentation, in batch"
     def __init__(self,
-        size: int = 224, scale: tuple = (.2, 1.), # side of a view, pixels; share of the area a crop keeps
+        size=224, scale: tuple = (.2, 1.), # as for `sides`; share of the area a crop keeps
         colour: float = .4, hue: float = .1, # strength of brightness, contrast and saturation; of hue
         gray: float = .2, blur: tuple = (.1, 2.), # probability of losing all colour; deviation of the blur, pixels
         flip: float = .5, # probability of a mirror image
     ):
         super().__init__()
+        (h, w), stretch = sides(size), (3 / 4, 4 / 3)
         self.ops = [ # a plain list: random numbers stay on the CPU, and views do not depend on the device
-            K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
+            K.RandomResizedCrop((h, w), scale, [r * w / h for r in stretch], cropping_mode="resample"),
             K.RandomHorizontalFlip(p=flip),
             K.ColorJitter(colour, colour, colour, hue, p=.8),
             K.RandomGrayscale(p=gray),
             K.RandomGaussianBlur((23, 23), blur, p=.5)]
 
     @torch.no_grad()
-    def forward(self, images): # (B, 3, S, S) in [0, 1] -> one view of each, (B, 3, size, size)
+    def forward(self, images): # (B, 3, H, W) in [0, 1] -> one view of each, (B, 3, h, w)
         "A fresh view of every image"
         with arithmetic("fp32", images.device):
             for op in self.ops:

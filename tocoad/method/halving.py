@@ -18,7 +18,8 @@ def out_of_memory(e): # an exception
     "Whether an error means that memory ran out, on a GPU or on the CPU"
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(e, RuntimeError) and bool(re.search("can't allocate memory|bad_alloc|out of memory", str(e)))
+    words = "can't allocate memory|not enough memory|out of memory|bad_alloc"
+    return isinstance(e, RuntimeError) and bool(re.search(words, str(e)))
 
 # %% ../../nbs/method/appendix/halving.ipynb #436b2272
 def halving(

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 from torch.nn import functional as nnf
 
-from ..data.images import BadInput
+from ..data.images import BadInput, sides
 from .arithmetic import arithmetic
 from .coreset import coreset
 from .halving import halving
@@ -158,11 +158,10 @@ def _spread(n, size, sigma):
 # %% ../../nbs/method/7_memory.ipynb #24219e7c
 def anomaly_maps(
     scores, grid: tuple, # patch scores (N, h*w); (h, w)
-    size=224, sigma: float = 4., # side of a square map, or (H, W); deviation of the smoothing, pixels, 0: none
+    size=224, sigma: float = 4., # as for `sides`; deviation of the smoothing, pixels, 0: none
 ) -> torch.Tensor: # (N, H, W)
     "Patch scores as smooth maps of the image's size"
-    sides = (size, size) if isinstance(size, int) else size
-    A, B = (_spread(n, s, sigma).float().to(scores.device) for n, s in zip(grid, sides, strict=True))
+    A, B = (_spread(n, s, sigma).float().to(scores.device) for n, s in zip(grid, sides(size), strict=True))
     with torch.no_grad(), arithmetic("fp32", scores.device):
         return A @ scores.float().unflatten(-1, grid) @ B.T
 

@@ -46,16 +46,15 @@ def turn(
 ROTATIONS = ("both", "slight", "right", "none")
 
 def rotate(
-    images, how: str = "both", # (B, C, H, W), square for quarter turns; one of `ROTATIONS`
+    images, how: str = "both", # (B, C, H, W); one of `ROTATIONS`
     angle: float = 5., fill: float = 114 / 255, # largest slight turn, degrees; value of the corners
     generator=None, # torch.Generator
 ) -> tuple: # I_R (B, C, H, W); degrees (B,)
-    "The base images: random quarter turns and slight turns (gaps 26, 27)"
+    "The base images: random quarter turns, half turns where they are not square, and slight turns (gaps 26, 27)"
     n, degrees = len(images), torch.zeros(len(images))
     if how in ("both", "right"):
-        if images.shape[-1] != images.shape[-2]:
-            raise BadInput("quarter turns need square images: use rotate='slight' or 'none'")
-        degrees = degrees + 90 * integers(4, n, generator)
+        step = 90 if images.shape[-1] == images.shape[-2] else 180
+        degrees = degrees + step * integers(4, n, generator)
     if how in ("both", "slight"):
         degrees = degrees + uniform(-angle, angle, n, generator)
     return (images if how == "none" else turn(images, degrees, fill).clamp(0, 1)), degrees

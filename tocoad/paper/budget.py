@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.errors import BadInput
+from ..data.shape import area
 from . import hours, plan, published, sheets
 from . import rows as rows_room
 from .published import CATEGORIES
@@ -100,7 +101,7 @@ def gpu_memory(
     c: Shared,
 ) -> float: # GB
     "What training takes at its largest moment, in float32; of another system F's part of it"
-    images = 2 * getattr(c, "batch", 1) * ACTIVATIONS[c.backbone] * (c.size / 224)**2
+    images = 2 * getattr(c, "batch", 1) * ACTIVATIONS[c.backbone] * area(c.size) / 224**2
     return (images + 16 * WEIGHTS[c.backbone]) / 1000
 
 def disk(
@@ -108,7 +109,7 @@ def disk(
     n: int, # training images
 ) -> float: # GB
     "What a stored stage takes; of another system its maps alone"
-    patches, F = (c.size // 8)**2, 4 * WEIGHTS[c.backbone] / 1000
+    patches, F = area(c.size) // 64, 4 * WEIGHTS[c.backbone] / 1000
     if stage in ("stage2", "contrastive"):
         return F * (1 + (c.epochs2 // c.curve if c.curve else 0))
     if stage == "stage1":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.errors import BadInput
+from ..data.shape import sides
 from ..files import whole
 from ..names import drawn
 from .published import label, printed_metrics
@@ -49,6 +50,7 @@ def _told(panels):
         out.append(f"{name}: {len(d)}{ends}, of whose intervals {above} lie above 0 and {below} below")
     return ". ".join(out) + "."
 
+# %% ../../nbs/paper/drawing.ipynb #e30d1811
 def forest(
     panels: dict, # heading -> series -> label -> `Interval` or None, per cent
     heading: str = "",
@@ -124,7 +126,7 @@ def heat_maps(
 def comparison_maps(
     result, # `Comparison`
     title: str,
-    n: int = 8, # images at most
+    n: int = 8, top: float = 4., # images at most; end of the colour scale
 ): # matplotlib figure
     "Heat maps of the first method and of the others, of ToCoAD's ways only the one with both stages"
     from tocoad.data.images import crop
@@ -136,7 +138,7 @@ def comparison_maps(
     chosen = pick(labels, test.defects, result.image[first][0], n)
     maps = {m: unit(result.maps[m][0], labels)[chosen] for m in shown}
     images, masks = (None if x is None else crop(x, result.cfg.size)[chosen].numpy() for x in (test.images, test.masks))
-    return heat_maps(images, masks, maps, [test.defects[i] for i in chosen], heading=title)
+    return heat_maps(images, masks, maps, [test.defects[i] for i in chosen], top, title)
 
 # %% ../../nbs/paper/drawing.ipynb #9468c3f4
 def save(fig, path) -> Path: # fig: matplotlib figure; path: file to write, in a folder that is made if needed
@@ -196,20 +198,23 @@ def panel(ax, x: float, y: float, w: float, h: float, text: str = ""): # text: i
 def tile(
     ax, # axes of a board
     image, # uint8 (3, H, W), bool (H, W), or numbers (h, w)
-    x: float, y: float, w: float, h: float | None = None, # upper left corner and size; None: square
+    x: float, y: float, w: float, h: float | None = None, # upper left corner and size; None: its shape in a square
     label: str = "", # beneath it
     frame: str = INK, # colour of the rim
     **kw, # to `imshow`, as cmap, vmin, vmax
 ) -> Tile:
     "A picture, mask or map on a board"
     from matplotlib.patches import Rectangle
-    a, h = np.asarray(image), w if h is None else h
+    a, beneath = np.asarray(image), y + (w if h is None else h) + .05
     a = np.moveaxis(a, 0, -1) if a.ndim == 3 else a
+    if h is None:
+        h, less = (w * n / max(a.shape[:2]) for n in a.shape[:2])
+        x, y, w = x + (w - less) / 2, y + (w - h) / 2, less
     style = dict(cmap="gray", vmin=0, vmax=1) if a.dtype == bool else dict(cmap="inferno")
     style |= dict(interpolation="nearest" if max(a.shape[:2]) < 60 else "antialiased", zorder=3, aspect="auto")
     ax.imshow(a if a.dtype == np.uint8 else a.astype(float), extent=(x, x + w, y + h, y), **style | kw)
     ax.add_patch(Rectangle((x, y), w, h, fill=False, ec=frame, lw=.7, zorder=4))
-    note(ax, x + w / 2, y + h + .05, label, va="top")
+    note(ax, x + w / 2, beneath, label, va="top")
     return Tile(x, y, w, h)
 
 # %% ../../nbs/paper/drawing.ipynb #fc02f762
@@ -266,20 +271,20 @@ def contour(ax, place: Tile, mask, colour: str = "#4fe0d6", width: float = .6): 
     drawn.set_clip_path(Rectangle((x, y), w, h, transform=ax.transData))
 
 def cell(
-    ax, place: Tile, row: int, column: int, side: int, # axes of a board; a picture; which patch; patches along a side
+    ax, place: Tile, row: int, column: int, grid, # axes of a board; a picture; which patch; patches, as for `sides`
     colour: str = HUES["bad"], **kw, # to `Rectangle`
 ) -> Tile:
     "One patch of a picture"
     from matplotlib.patches import Rectangle
-    w, h = place.w / side, place.h / side
+    h, w = (n / k for n, k in zip((place.h, place.w), sides(grid), strict=True))
     t = Tile(place.x + column * w, place.y + row * h, w, h)
     ax.add_patch(Rectangle(t[:2], t.w, t.h, **dict(fill=False, ec=colour, lw=1.1, zorder=5) | kw))
     return t
 
 # %% ../../nbs/paper/drawing.ipynb #a9c9ac6e
-def zoom(image, row: int, column: int, side: int, around: int = 2): # image: uint8 (3, H, W); side: patches along one
+def zoom(image, row: int, column: int, grid, around: int = 2): # image: uint8 (3, H, W); grid: as for `cell`
     "A patch in the middle of 2 `around` + 1, grey beyond the image"
-    n = image.shape[-1] // side
+    n = image.shape[-1] // sides(grid)[1]
     grown = np.pad(image, ((0, 0), (around * n,) * 2, (around * n,) * 2), constant_values=128)
     return grown[:, row * n:(row + 2 * around + 1) * n, column * n:(column + 2 * around + 1) * n]
 

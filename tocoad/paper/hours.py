@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from ..data.errors import BadInput
+from ..data.shape import area
 from . import published
 from .published import CATEGORIES
 from ..run.keys import STAGES, computed_by
@@ -56,7 +57,7 @@ def estimate(
 ) -> float: # seconds
     "How long some stages will take"
     net = lambda t: t.does.gflop or GFLOP.get(t.cfg.backbone, 10)
-    counted = lambda t: net(t) * (t.cfg.size / 224)**2 / ASSUMED[device]
+    counted = lambda t: net(t) * area(t.cfg.size) / 224**2 / ASSUMED[device]
     per = lambda t: (rates or {}).get(_rate_of(t.stage, t.cfg, device), counted(t))
     return sum(per(t) * _work(t.does, t.cfg, n) for t in tasks)
 

@@ -17,7 +17,7 @@ from .report import Results, frame_of, gain, side_by_side, training, value
 from ..run.report import NAMES, interval
 
 # %% ../../nbs/paper/panel.ipynb #8121ef2e
-METRICS = ("image_auroc", "pixel_auroc", "aupro")
+METRICS = tuple(NAMES)
 
 def places(r: Results) -> list: # pairs (data set, category)
     "The sets of a panel, in the order in which they were named"

@@ -50,26 +50,29 @@ class Results:
 @patch
 def title(self: Results):
     "One line: data, profile, seeds, machine"
-    s, sets = self.sheet, {}
-    for x in [*s["runs"], *s["arrays"]]:
+    s, every, sets = self.sheet, [x.sheet for x in (self, *self.beside)], {}
+    for x in (x for e in every for x in [*e["runs"], *e["arrays"]]):
         sets.setdefault(x["dataset"], {})[x["category"]] = None
     many = lambda cs: f"{len(cs)} categories" if len(cs) > 3 else ", ".join(cs)
     what = "; ".join(f"{label(d)}: {many(cs)}" for d, cs in sets.items()) or "nothing there"
-    part = f"; so far {len(s['runs'])} of {len(s['runs']) + s['left']} runs" if s.get("left") else ""
-    profiles = " and ".join(x.sheet["profile"] for x in (self, *self.beside))
+    there, left = sum(len(e["runs"]) for e in every), sum(e.get("left") or 0 for e in every)
+    part = f"; so far {there} of {there + left} runs" if left else ""
     plain = " ".join(re.sub(r"=.*[/\\]", "=", x) for x in s["settings"]) # textures=/where/it/lies/dtd -> textures=dtd
     also = f", with {plain}" if plain else ""
-    left = [f"{m} with {v}" for m, v in s.get("departures", {}).items() if m in self.rows]
-    also += "; ".join(["", *left])
-    by = " and ".join(dict.fromkeys(map(machine, s["hardware"]))) or "no machine"
-    return f"{what}{part}; profile {profiles}{mark(s['profile'])}{also}; {named_seeds(s['seeds'])}; {by}"
+    also += "; ".join(["", *(f"{m} with {v}" for m, v in s.get("departures", {}).items() if m in self.rows)])
+    by = " and ".join(dict.fromkeys(machine(h) for e in every for h in e["hardware"])) or "no machine"
+    return f"{what}{part}; {_how(every)[0]}{also}; {_how(every)[1]}; {by}"
 
 @patch
 def heading(self: Results):
     "What a single picture must say of itself, in few words"
     sets = " and ".join(map(label, self.runs.dataset.unique()))
-    profile = f"profile {self.sheet['profile']}{mark(self.sheet['profile'])}"
-    return ", ".join(filter(None, (sets, profile, named_seeds(self.sheet["seeds"]))))
+    return ", ".join(filter(None, (sets, *_how([x.sheet for x in (self, *self.beside)]))))
+
+def _how(sheets):
+    "Profiles that stand side by side, and all their seeds, in words"
+    profiles = " and ".join(s["profile"] + mark(s["profile"]) for s in sheets)
+    return f"profile{'s' * (len(sheets) > 1)} {profiles}", named_seeds(sorted({n for s in sheets for n in s["seeds"]}))
 
 # %% ../../nbs/paper/report.ipynb #bfd6805e
 @patch(as_prop=True)
@@ -237,13 +240,13 @@ def generator(r: Results) -> str: # "" if there are several
 def notes(r: Results) -> list: # of texts
     "Remarks beneath a table"
     s, by, there = r.sheet, generator(r), r.runs.columns[~r.runs.isna().all()]
+    left = sum(x.sheet.get("left") or 0 for x in (r, *r.beside))
     said = {
         "The embedded mini data set stands in for the paper's: its numbers say nothing about the paper's.": s["mini"],
         TERMS["DNP"]: r.target == "table5", TERMS["NCL"]: r.target == "table5",
         f"The pseudo-anomalies of all rows are made by {by}.": by,
         s.get("given"): "given" in s,
-        f"Not all runs are there yet: {s.get('left')} are missing. Differences are over the seeds that both rows have.":
-            s.get("left"),
+        f"Not all runs are there yet: {left} are missing. Differences are over the seeds that both rows have.": left,
         "A control is the same run at rate 0: no weight moves, batch norm takes its statistics from the same forward "
         "passes.": r.differences.base.str.startswith("rate 0").any()}
     said |= {TERMS[name]: k in there for k, name in COLUMNS.items()} | {f"{m}.": True for m in r.missing}
@@ -281,15 +284,16 @@ def records(r: Results) -> dict: # heading -> frame
 _SETS = ["category", "dataset", "train", "good", "bad", "fingerprint"]
 
 # %% ../../nbs/paper/report.ipynb #fb151bc1
-def _typeset(frames, name, title, notes):
-    "Tables for LaTeX, the notes beneath the last"
-    table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
-    *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
-    return [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
-
-# %% ../../nbs/paper/report.ipynb #c3133dcf
 _TEX = str.maketrans({"±": r"$\pm$", "λ": r"$\lambda$", "×": r"$\times$", "✓": r"\checkmark{}", "Δ": r"$\Delta$"})
 
+def _typeset(frames, name, title, notes):
+    "Tables as LaTeX, the notes beneath the last"
+    table = lambda f, k: spanned(flat(f, "|").astype(str), f"{name}-{k}").cols_align("left")
+    *first, last = [table(f, k).tab_header(f"{title}. {h}" if h else title) for k, (h, f) in enumerate(frames.items())]
+    every = [*first, reduce(lambda t, n: t.tab_source_note(n), notes, last)]
+    return "\n".join(t.as_latex() for t in every).translate(_TEX)
+
+# %% ../../nbs/paper/report.ipynb #c3133dcf
 def write_table(
     frames: dict, # heading -> frame
     name: str, title: str, notes, out, # of the files; what was run; texts; folder of the reports
@@ -298,12 +302,12 @@ def write_table(
     forest=None, # matplotlib figure whose label says what is to be seen
 ) -> list: # paths
     "Write tables into `out`/tables as CSV, Markdown, HTML and LaTeX, and the picture beside them"
-    folder, typeset, first = Path(out) / "tables", _typeset(frames, name, title, notes), next(iter(frames.values()))
+    folder, first = Path(out) / "tables", next(iter(frames.values()))
     md = [f"{h}\n\n{page(flat(f)).to_markdown(index=False, disable_numparse=True)}" for h, f in frames.items()]
     texts = dict(csv=cells(first if numbers is None else numbers).to_csv(index=numbers is None),
                  md="\n\n".join([f"# {markup(title)}", *md, listed(notes)]) + "\n",
                  html=table_page(frames, name, title, notes, behind or {}, forest.get_label() if forest else ""),
-                 tex="\n".join(t.as_latex() for t in typeset).translate(_TEX))
+                 tex=_typeset(frames, name, title, notes))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():

@@ -26,7 +26,7 @@ from ..run import exchange
 from ..run.components import code_of
 from ..run.config import config, settings
 from ..run.keys import STAGES, computed_by, scored
-from ..run.report import pull
+from ..run.report import percent, pull
 from ..run.source import fingerprint
 from ..run.store import Store, write_sealed
 from ..systems.system import SYSTEMS, departures
@@ -81,18 +81,14 @@ def _enter(got, at, kind, names, end, r, what, t, o):
             row, seed = names or (kind, o.seeds[0])
             got["failed"].append(at | dict(row=row, seed=seed, reason=r))
     elif kind == "metrics":
-        values = {k: _percent(v) for k, v in r["values"].items()} | _on_the_way(what[1], what[0], t, *names)
+        values = {k: percent(v) for k, v in r["values"].items()} | _on_the_way(what[1], what[0], t, *names)
         trained = _trained(what[1], what[0], t, *names)
         got["runs"].append(at | dict(row=names[0], seed=names[1], values=values, training=trained))
     elif kind == "difference":
-        interval = {k: _percent(r["values"][k]) for k in ("mean", "low", "high")}
+        interval = {k: percent(r["values"][k]) for k in ("mean", "low", "high")}
         got["differences"].append(at | dict(row=names[0], base=names[1], metric=names[2], **interval))
     elif kind not in ("redraws", *TRAINING):
         got["arrays"].append(at | dict(kind=kind, stage=end.stage, key=end.key, values=r["values"]))
-
-def _percent(x):
-    "A share in per cent"
-    return None if x is None else 100 * x
 
 # %% ../../nbs/paper/sheets.ipynb #3bcdd055
 def _departures(target, o):

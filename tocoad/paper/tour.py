@@ -14,16 +14,16 @@ import torch
 from torch.nn import functional as nnf
 
 from ..data.errors import BadInput
-from ..data.images import Category, crop, to_float
+from ..data.images import Category, crop, sides, to_float
 from ..method.perlin import Perlin, pick_textures, rotate, turn, turned_noise
 from ..method.pretrain import stream
 from ..run.compare import describe, tasks, weights_id
 from ..run.keys import Task, task
 from ..run.stages import unit
+from ..systems.maps import filled
 from ..systems.settings import Config, resolved
 from tocoad.systems.tocoad import (
     _extractor,
-    _fill,
     _loss,
     embed,
     make_generator,
@@ -107,13 +107,13 @@ def guide(
 def origin(
     bank, idx, # stored patches (M, d), where they stood among the training patches (M,)
     q, # one patch (d,)
-    side: int, # patches along a side
+    grid: tuple, # (h, w) patches
 ) -> dict: # distance; number of the training image; row and column of the patch
     "The nearest stored patch and where it came from"
     d = (bank - q).norm(dim=1)
     j = int(d.argmin())
-    i, place = divmod(int(idx[j]), side * side)
-    return dict(distance=float(d[j]), image=i, place=list(divmod(place, side)))
+    i, *place = np.unravel_index(int(idx[j]), (int(idx.max()) + 1, *grid))
+    return dict(distance=float(d[j]), image=int(i), place=[*map(int, place)])
 
 def cloud(
     X, # training patches (n, d)
@@ -130,7 +130,7 @@ def cloud(
 EDGES = np.linspace(-1, 9, 51)
 
 def patch_labels(
-    masks, # bool (N, S, S)
+    masks, # bool (N, H, W)
     grid: tuple, # (h, w)
 ) -> np.ndarray: # bool (N, h, w)
     "Patches more than half of which are anomalous"
@@ -175,26 +175,26 @@ def _tour_pictures(c, data, device, parts):
     return steps, draw, out | dict(v1=_bytes(v1[0]), v2=_bytes(v2[0]))
 
 # %% ../../nbs/paper/tour.ipynb #b8e3f5be
-def _tour_memory(c, data, F, store, Q, side, parts, n=24, most=1500):
+def _tour_memory(c, data, F, store, Q, grid, parts, n=24, most=1500):
     "Figure 5: stored patches by place, the cloud of patches"
-    bank, idx = (torch.from_numpy(store[k]) for k in ("bank", "idx"))
+    (bank, idx), P = (torch.from_numpy(store[k]) for k in ("bank", "idx")), grid[0] * grid[1]
     few = torch.linspace(0, len(data.train) - 1, min(n, len(data.train))).long()
     X = embed(F, data.train.images[few], c, parts).float().cpu().flatten(0, 1)
     k = torch.randperm(len(X), generator=stream(c.seed, "patches shown"))[:most]
-    patch = few[k // side**2] * side**2 + k % side**2
+    patch = few[k // P] * P + k % P
     flat, q, shown = cloud(X[k], Q)
-    stored = torch.zeros(len(data.train) * side**2, dtype=torch.int32)
+    stored = torch.zeros(len(data.train) * P, dtype=torch.int32)
     stored[idx] = 1
-    stored = stored.view(-1, side, side)
+    stored = stored.view(-1, *grid)
     return bank, idx, dict(shown=shown), dict(
         cloud=_half(flat), cloud_kept=torch.isin(patch, idx).numpy(), cloud_query=_half(q),
         stored=stored.sum(0).numpy(),
         stored_in=stored[few[:4]].bool().numpy(), train=crop(data.train.images, c.size)[few[:4]].numpy())
 
-def _tour_query(c, data, bank, idx, Q, s, side):
+def _tour_query(c, data, bank, idx, Q, s):
     "Figure 5: the worst and an ordinary patch of the shown image, with the training patches they are compared with"
     worst, usual = int(s.argmax()), int(np.argsort(s.flatten())[s.size // 2])
-    pairs = [origin(bank, idx, Q[p], side) | dict(patch=list(divmod(p, side))) for p in (worst, usual)]
+    pairs = [origin(bank, idx, Q[p], s.shape) | dict(patch=list(divmod(p, s.shape[1]))) for p in (worst, usual)]
     nearest = [crop(data.train.images[p["image"]], c.size).numpy() for p in pairs]
     return dict(worst=pairs[0], usual=pairs[1]), dict(nearest=np.stack(nearest))
 
@@ -211,7 +211,7 @@ def _tour_features(F, tuned, I_G, I_t):
 def _tour_scores(c, data, frozen_scores, tuned_scores, k):
     "Figures 1 and 5: distances and maps of the shown image, histograms over the test set"
     labels, out, values = data.test.labels.numpy(), {}, {}
-    masks = torch.zeros(len(labels), c.size, c.size, dtype=torch.bool)
+    masks = torch.zeros(len(labels), *sides(c.size), dtype=torch.bool)
     masks = masks if data.test.masks is None else crop(data.test.masks, c.size)
     bad = patch_labels(masks, tuned_scores.shape[1:])
     for name, s in dict(frozen=frozen_scores, tuned=tuned_scores).items():
@@ -225,8 +225,8 @@ def tour(c, data, got, parts, device, progress): # got: values and tensors of th
     "What Figures 1 to 5 draw, from the two-stage run and the frozen one"
     (_, D0), (run, F0), (_, M), (_, s), (_, s_frozen) = got
     (F, D), tuned = make_networks(c, device), _extractor(c, F0, device)
-    D, loss, s, s_frozen = _fill(D, D0).eval(), _loss(c.loss, c, parts), s["patch_scores"], s_frozen["patch_scores"]
-    k, side = _shown(data, s_frozen, c), s.shape[-1]
+    D, loss, s, s_frozen = filled(D, D0).eval(), _loss(c.loss, c, parts), s["patch_scores"], s_frozen["patch_scores"]
+    k, grid = _shown(data, s_frozen, c), s.shape[1:]
     steps, draw, arrays = _tour_pictures(c, data, device, parts)
     I_G, y_G, I_t = steps["I_G"][None], steps["y_G"][None], to_float(crop(data.test.images[k:k + 1].to(device), c.size))
     for name, f in dict(frozen=F, tuned=tuned).items():
@@ -235,12 +235,12 @@ def tour(c, data, got, parts, device, progress): # got: values and tensors of th
         arrays[f"{name}_y_hat"] = _half(said["y_hat"])
         arrays |= {f"{name}_pull_{l}": _half(g / g.max().clamp(min=1e-12)) for l, g in enumerate(said["pull"], 1)}
     Q = embed(tuned, data.test.images[k:k + 1], c, parts)[0].float().cpu()
-    bank, idx, about, stored = _tour_memory(c, data, tuned, M, Q, side, parts)
-    found, nearest = _tour_query(c, data, bank, idx, Q, s[k], side)
+    bank, idx, about, stored = _tour_memory(c, data, tuned, M, Q, grid, parts)
+    found, nearest = _tour_query(c, data, bank, idx, Q, s[k])
     values, scored = _tour_scores(c, data, s_frozen, s, k)
     values |= about | found | dict(
-        path=data.test.paths[k], defect=data.test.defects[k], train=len(data.train), patches=len(data.train) * side**2,
-        kept=len(idx), draw=draw, pairs=run["pairs"])
+        path=data.test.paths[k], defect=data.test.defects[k], train=len(data.train),
+        patches=len(data.train) * s[0].size, kept=len(idx), draw=draw, pairs=run["pairs"])
     return values, arrays | stored | nearest | scored | _tour_features(F, tuned, I_G, I_t)
 
 # %% ../../nbs/paper/tour.ipynb #dbb27c23

@@ -23,6 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..data.errors import BadInput, one_of
+from ..data.shape import sides
 from ..files import whole
 from ..method.features import Features
 from ..method.memory import Memory, _spread, patch_features
@@ -41,6 +42,7 @@ def _content(about, tensors):
         said.update(k.encode() + v.numpy().tobytes())
     return said.hexdigest()
 
+# %% ../../nbs/parts/3_export.ipynb #443c5937
 def save(
     detector: Detector, path, # and the model file; an older detector there is replaced
 ) -> Path:
@@ -63,13 +65,8 @@ def save(
     return path
 
 # %% ../../nbs/parts/3_export.ipynb #7d973c2c
-def load(
-    path, device: str | None = None, # written by `save`; None: a GPU if there is one
-) -> Detector:
-    "Read a detector; BadInput says why not"
-    device = find_device(device)
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise BadInput(f"{path} is not there, or cannot be read: give the model file that `tocoad fit` wrote")
+def _unpacked(path):
+    "What a model file says, its tensors, its settings, its system's key; BadInput if it is none"
     try:
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
@@ -81,10 +78,20 @@ def load(
             about["learned"] = dict(memory={k: about["images"][k] for k in ("patches", "kept")})
             config["image_score"], tensors["memory/bank"] = "patches", tensors.pop("bank")
         system = "tocoad" if config["method"] in TRAINS else config["method"]
-        cfg = SYSTEMS[system].kind(**config) if system in SYSTEMS else None
+        return about, tensors, SYSTEMS[system].kind(**config) if system in SYSTEMS else None, system
     except (SafetensorError, KeyError, TypeError, ValueError): # TypeError: a setting that is not known here
         raise BadInput(f"{path} is no detector of version {KIND['version']}, or was cut off or damaged: "
                        "give the safetensors file that `tocoad fit` wrote, or fit anew") from None
+
+# %% ../../nbs/parts/3_export.ipynb #bc94baab
+def load(
+    path, device: str | None = None, # written by `save`; None: a GPU if there is one
+) -> Detector:
+    "Read a detector; BadInput says why not"
+    device = find_device(device)
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise BadInput(f"{path} is not there, or cannot be read: give the model file that `tocoad fit` wrote")
+    about, tensors, cfg, system = _unpacked(path)
     one_of(system, SYSTEMS, f"the system of {path}")
     part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     arrays = lambda stage: {k: v.numpy() for k, v in part(f"{stage}/").items()}
@@ -106,26 +113,27 @@ def _triangle(n, size): # numbers 0, 1, ... of the pixels of one side; pixels wa
     return (w / w.sum(1, keepdim=True) * 2**22 + .5).floor()
 
 class ToSquare(nn.Module):
-    "Images uint8 (B, H, W, 3) to (B, 3, S, S) in [0, 1]"
+    "Images uint8 (B, H, W, 3) to (B, 3, h, w) in [0, 1]"
     def __init__(self, size):
         super().__init__()
         self.size = size
 
     def forward(self, images):
         "As `square` resizes, to a whole number along each side; in double precision whole numbers stay exact"
-        sides = [_triangle(torch.arange(n, dtype=torch.float64), self.size) for n in images.shape[1:3]]
-        h, w = ((s[0] >= 0).sum() - self.size for s in sides)
+        ends = [*zip(images.shape[1:3], sides(self.size), strict=True)]
+        both = [_triangle(torch.arange(n, dtype=torch.float64), s) for n, s in ends]
+        h, w = ((m[0] >= 0).sum() - s for m, (_, s) in zip(both, ends, strict=True))
         whole = lambda x: (x / 2**22 + .5).floor().clamp(0, 255)
         choose = torch.cond if torch.compiler.is_exporting() else lambda true, a, b, args: (a if true else b)(*args)
         x = choose(h > 2 * w.clamp(min=0), # Pillow 13 begins with the height where it shrinks far more than the width
                    lambda x, down, across: whole(whole(down @ x) @ across.T),
                    lambda x, down, across: whole(down @ whole(x @ across.T)),
-                   (images.permute(0, 3, 1, 2).double(), *sides))
+                   (images.permute(0, 3, 1, 2).double(), *both))
         return x.float() / 255
 
 # %% ../../nbs/parts/3_export.ipynb #10fab576
 class ToPatches(nn.Module):
-    "Images (B, 3, S, S) in [0, 1] to patches (B, h*w, d)"
+    "Images (B, 3, H, W) in [0, 1] to patches (B, h*w, d)"
     def __init__(self, detector):
         super().__init__()
         self.F, self.dims, self.kind = copy.deepcopy(detector.F).cpu().eval(), detector.cfg.dims, detector.cfg.patches
@@ -172,21 +180,20 @@ def ask_for_onnx(c, model=None): # settings of a detector; path of its model fil
 
 # %% ../../nbs/parts/3_export.ipynb #70e00010
 class ToDecision(nn.Module):
-    "Images uint8 (B, H, W, 3) to scores (B,), whether they are above the threshold (B,), and maps (B, S, S)"
+    "Images uint8 (B, H, W, 3) to scores (B,), whether they are above the threshold (B,), and maps (B, h, w)"
     def __init__(self, detector):
         super().__init__()
         c = detector.cfg
         self.halves = nn.Sequential(ToSquare(c.size), ToPatches(detector), ToScores(detector))
-        with torch.no_grad():
-            n = math.isqrt(self.halves[:2](torch.zeros(1, 8, 8, 3, dtype=torch.uint8)).shape[1])
-        self.register_buffer("spread", _spread(n, c.size, getattr(c, "sigma", 4.)).float())
+        for name, side in zip(("down", "across"), sides(c.size), strict=True):
+            self.register_buffer(name, _spread(side // 8, side, getattr(c, "sigma", 4.)).float()) # layer 2 has stride 8
         self.register_buffer("threshold", torch.tensor(detector.threshold))
 
     def forward(self, images):
         "All of scoring"
         s, score = self.halves(images)
-        side = self.spread.shape[1]
-        return score, score > self.threshold, self.spread @ s.unflatten(1, (side, side)) @ self.spread.T
+        grid = self.down.shape[1], self.across.shape[1]
+        return score, score > self.threshold, self.down @ s.unflatten(1, grid) @ self.across.T
 
 # %% ../../nbs/parts/3_export.ipynb #5b90a3c7
 def onnx_of(
@@ -204,6 +211,7 @@ def onnx_of(
             raise BadInput(f"{path} was not written for {model.name}: give the model another name, or move it away")
     return path
 
+# %% ../../nbs/parts/3_export.ipynb #dedd3052
 def export_onnx(
     detector: Detector, model, # path of its model file
 ) -> Path: # beside it

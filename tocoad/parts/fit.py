@@ -23,6 +23,7 @@ from ..data.depth import SCALES
 from ..data.errors import BadInput, one_of, printable
 from ..data.images import Picture
 from ..data.layouts import GOOD
+from ..data.shape import area, sides, spoken
 from ..method.features import Features
 from ..method.halving import halving
 from .pictures import LEAST, _many, read, read_good
@@ -67,19 +68,16 @@ class Detector:
 
     _arrays = cached_property(lambda self: prepared(self.cfg, [*self.state.values()], self.F, self.device))
 
-    def rows(self, images): # uint8 (N, 3, size, size) -> float (N, 1 + size * size) on the CPU
+    def rows(self, images): # uint8 (N, 3, H, W) -> float (N, 1 + H * W) on the CPU
         "Score and map of each image, side by side"
         last = last_of(self.cfg)
         score, maps = map(torch.from_numpy, shown(last, self._arrays(images)))
         return torch.cat([score[:, None], maps.flatten(1)], 1).float() - last.does.least
 
-    def judge(self, images, batch=32): # uint8 (N, 3, size, size), as many at once -> (N,), (N, size, size)
-        "Scores and maps of images that are squared already"
+    def judge(self, images, batch=32): # uint8 (N, 3, H, W), as many at once -> (N,), (N, H, W)
+        "Scores and maps of images that are resized already"
         rows = halving(self.rows, images, batch)[0]
-        return rows[:, 0], rows[:, 1:].unflatten(1, (self.cfg.size,) * 2)
-
-    def __repr__(self):
-        return f"Detector({self.cfg.category}, {system_of(self.cfg).name}, threshold {self.threshold:.4g})"
+        return rows[:, 0], rows[:, 1:].unflatten(1, sides(self.cfg.size))
 
 # %% ../../nbs/parts/1_fit.ipynb #70b00011
 @patch
@@ -92,12 +90,13 @@ def read(self: Detector, x, _read=read) -> Picture: # as for `image_of`
         raise BadInput("it has more or fewer bits a channel than the good parts: store it as they are stored")
     return p
 
+# %% ../../nbs/parts/1_fit.ipynb #d8c2e14d
 @dataclass
 class Result:
     "What a detector says of a picture"
     score: float # as in scores.csv
     decision: str # "good" or "defect"
-    map: np.ndarray = field(repr=False) # float32 (size, size), higher = more anomalous
+    map: np.ndarray = field(repr=False) # float32 (H, W), higher = more anomalous
 
 def rounded(score) -> float: # a number
     "A score as it is written and compared"
@@ -129,7 +128,7 @@ def at_quantile(
 # %% ../../nbs/parts/1_fit.ipynb #c324bbea
 def calibrate(
     detector: Detector, # without a threshold yet
-    images, names, # good ones that nothing was learned from, uint8 (n, 3, size, size); theirs
+    images, names, # good ones that nothing was learned from, uint8 (n, 3, H, W); theirs
     quantile: float = .95, # share of good images that should pass
 ) -> dict: # threshold, limit, low, rank, false alarms, the highest held-out images
     "Threshold and colours from held-out good images; sets `held`"
@@ -153,9 +152,10 @@ def bounded(
     "Settings whose memory, if there is one, keeps at most so many patches"
     if patches is None or "memory" not in last_of(c).does.needs:
         return c
-    every = n * (c.size // 8)**2 # layer 2 has stride 8
+    every = n * area(c.size) // 64 # layer 2 has stride 8
     return c.replace(coreset=min(c.coreset, patches / every))
 
+# %% ../../nbs/parts/1_fit.ipynb #0b57dc84
 def fit(
     good, cfg: Shared | None = None, # folder of good parts, or a list of pictures; settings, None: `config("laptop")`
     system: str = "frozen", # a key of `SYSTEMS`; it takes of other settings what it shares with them
@@ -186,7 +186,7 @@ def own(
     system: str = "frozen", quantile: float = .95, held_out: float = .2, most: int = 2000, # as for `fit`
     patches: int | None = None, # as for `fit`
 ) -> Shared: # of that system
-    "The settings for own parts: the whole image is squeezed, nothing is cropped"
+    "The settings for own parts: the whole image is resized, nothing is cropped"
     kind = SYSTEMS[one_of(system, SYSTEMS, "the system")].kind
     fitted("most", most, Whole[LEAST, 10**9])
     fitted("patches", patches, Whole[1, 10**9] | None)
@@ -201,6 +201,7 @@ def own(
     check_textures(cfg)
     return cfg
 
+# %% ../../nbs/parts/1_fit.ipynb #c41cc90d
 def _few(n, about):
     need = math.ceil(about["quantile"] / (1 - about["quantile"]) - 1e-9)
     return [f"only {_many(n, 'good image')} held out: their largest score is the threshold, so about "
@@ -230,7 +231,7 @@ def text(self: Detector):
         "system": ", ".join(filter(None, [system_of(c).name, *left])),
         "good parts": f"{i['train']} to learn from, {i['held_out']} held out"
                       + f", {i['copies']} copies left out" * (i["copies"] > 0),
-        "images": f"{c.size} x {c.size} pixels, profile {c.profile}" + f", {c.backbone}" * (self.F is not None),
+        "images": f"{spoken(c.size)} pixels, profile {c.profile}" + f", {c.backbone}" * (self.F is not None),
         **{stage: _said(values) for stage, values in a["learned"].items()},
         "threshold": f"{self.threshold:.4g}, rank {a['rank']} of {i['held_out']} held-out scores",
         "false alarms": f"{mean:.1%} of good parts expected, below {bound:.1%} in 95 of 100 draws",
@@ -238,6 +239,10 @@ def text(self: Detector):
                 + f"weights {a['weights']}, " * bool(a["weights"]) + f"images {i['fingerprint'][:8]}"}
     return "\n".join([f"detector of {printable(c.category)}", *(f"  {k:<12}  {v}" for k, v in facts.items()),
                       *(f"note: {n}" for n in dict.fromkeys(a["notes"] + _few(i["held_out"], a)))])
+
+@patch
+def __repr__(self: Detector):
+    return f"Detector({self.cfg.category}, {system_of(self.cfg).name}, threshold {self.threshold:.4g})"
 
 @patch
 def _repr_markdown_(self: Detector): return f"```\n{self.text()}\n```"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'LARGE', 'IN_FLIGHT', 'OTHERS', 'image_of', 'Written', 'marked', 'InFlight', 'read', 'find_images',
-           'ask_which', 'hash_order', 'decoded', 'read_good']
+           'ask_which', 'hash_order', 'decoded', 'own_shape', 'read_good']
 
 # %% ../../nbs/parts/0_pictures.ipynb #70a00004
 import hashlib
@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from ..data.checks import LEAST, walk
 from ..data.depth import SCALES, deep, full_scale
 from ..data.errors import BadInput
-from ..data.images import FORMATS, LIMIT, SUFFIXES, Picture, _whole, open_image, squared
+from ..data.images import FORMATS, LIMIT, SUFFIXES, Picture, _whole, open_image, squared, turn
 from ..data.layouts import GOOD, LAYOUTS, MASKS
+from ..data.shape import like, sides, spoken
 
 # %% ../../nbs/parts/0_pictures.ipynb #70a00012
 def _pixels(a): # NumPy; uint8 (H, W) or (H, W, C), or uint16 (H, W)
@@ -73,17 +74,19 @@ def marked(im, path): # writes a PNG
     info.add_text("Software", MARK)
     im.save(path, compress_level=1, pnginfo=info)
 
+def _enough(size): return tuple(4 * n for n in sides(size)[::-1]) # width, height
+
 def _look(path, size):
     "Pixels that decoding a file makes, whether at a part of its size, whether this tool wrote it"
     with suppress(Exception), Image.open(path, formats=FORMATS) as im: # whatever is wrong is said later
         ours, large = im.info.get("Software") == MARK, LARGE < im.width * im.height <= LIMIT
-        return large and bool(im.draft(None, (4 * size, 4 * size))), ours, im.width * im.height
+        return large and bool(im.draft(None, _enough(size))), ours, im.width * im.height
     return False, False, 0
 
 def _reduced(path, size):
     "A large JPEG, decoded at a part of its size"
     with suppress(Exception), Image.open(path, formats=FORMATS) as im:
-        im.draft(None, (4 * size, 4 * size))
+        im.draft(None, _enough(size))
         return _whole(im)
     return open_image(path)
 
@@ -109,10 +112,10 @@ IN_FLIGHT = InFlight()
 
 # %% ../../nbs/parts/0_pictures.ipynb #70a00021
 def read(
-    x, size: int = 224, # as for `image_of`; side of the square, pixels
+    x, size=224, # as for `image_of`; as for `data.shape.sides`
     top: int = SCALES[-1], draft: bool = True, # what becomes 255, see `data.depth`; large JPEGs are reduced
 ) -> Picture:
-    "One picture, decoded and squared; BadInput says why not"
+    "One picture, decoded and resized; BadInput says why not"
     part, ours, n = _look(x, size) if isinstance(x, (str, os.PathLike)) else (False, False, 0)
     if ours:
         raise Written(f"{x} was written by {MARK}")
@@ -182,16 +185,18 @@ def decoded(
 # %% ../../nbs/parts/0_pictures.ipynb #8ace5195
 def _oddities(sizes, modes, size):
     "What is unusual about a folder's images, by their (width, height) and Pillow's modes; a line each"
-    n, aspects, to = len(sizes), [w / h for w, h in sizes], f"squeezed to {size} x {size} pixels"
-    low, high, small = min(aspects), max(aspects), sum(min(s) < size for s in sizes)
+    (height, width), n, aspects = sides(size), len(sizes), [w / h for w, h in sizes]
+    low, high, small = min(aspects), max(aspects), sum(w < width or h < height for w, h in sizes)
+    one, to = high <= 1.1 * low, f"squeezed to {spoken(size)} pixels"
     grey = sum(m[0] == "I" or m in ("1", "L", "LA") for m in modes)
     said = {
         f"width / height goes from {low:.2f} to {high:.2f}, and all are {to}: crop the parts to one shape":
-            high > 1.1 * low,
-        f"images are not square (width / height {low:.2f}): they are {to}": high <= 1.1 * low and not .95 < low < 1.05,
+            not one,
+        f"images (width / height {low:.2f}) are {to}: size=auto keeps their shape":
+            one and not .95 < low * height / width < 1.05,
         "all images are grey: they are read as three equal channels": grey == n,
         f"{grey} of {n} images are grey and the others in colour: take one kind of camera": 0 < grey < n,
-        f"{small} of {n} images are smaller than {size} x {size} pixels: enlarging adds no detail": small}
+        f"{small} of {n} images are smaller than {spoken(size)} pixels: enlarging adds no detail": small}
     return [text for text, true in said.items() if true]
 
 # %% ../../nbs/parts/0_pictures.ipynb #c166263c
@@ -212,6 +217,19 @@ def _sources(good, all_below):
         ask_which(good, names)
     return {n: Path(good) / n for n in names}
 
+# %% ../../nbs/parts/0_pictures.ipynb #27181e8d
+def own_shape(
+    good, side: int = 224, # folder of good parts, or a list of pictures; side of the square with as many pixels
+    all_below: bool = False, # see `read_good`
+): # as for `data.shape.sides`
+    "The size that keeps the shape of most pictures"
+    found = []
+    for x in _sources(good, all_below).values():
+        with suppress(Exception), (image_of(x) if not isinstance(x, (str, os.PathLike)) else
+                                   Image.open(x, formats=FORMATS)) as im: # what is wrong is said when it is read
+            found.append(im.size[::-1] if turn(im) > 4 else im.size)
+    return like(found, side) if found else side
+
 # %% ../../nbs/parts/0_pictures.ipynb #f35f9484
 def _pictures(sources, names, size, progress, top=SCALES[-1]):
     "Pictures on one scale, None for those that this tool wrote, and the scale's end"
@@ -226,10 +244,10 @@ def _pictures(sources, names, size, progress, top=SCALES[-1]):
 
 # %% ../../nbs/parts/0_pictures.ipynb #3dbc759a
 def read_good(
-    good, size: int = 224, # folder of good parts, or a list of pictures; side they are squeezed to
+    good, size=224, # folder of good parts, or a list of pictures; what they are resized to
     most: int = 2000, seed: int = 0, # images read at most; of the order
     progress: bool = False, all_below: bool = False, # every image below the folder is meant, whatever its name
-) -> tuple: # uint8 (N, 3, size, size) in the hash's order, without copies; names; facts; notes
+) -> tuple: # uint8 (N, 3, H, W) in the hash's order, without copies; names; facts; notes
     "The good images of a folder or list"
     found = hash_order(sources := _sources(good, all_below), seed)
     every, top = _pictures(sources, found[:most], size, progress)
@@ -242,12 +260,12 @@ def read_good(
         raise BadInput(f"{at} holds {_many(len(found), 'image')} ({len(keep)} different{ours}): give at least {LEAST} "
                        f"good parts ({', '.join(sorted(SUFFIXES))}), better 100")
     arrays, sizes, modes, *_, peaks = zip(*got, strict=True)
-    copies, aspects, notes = len(names) - len(keep), [w / h for w, h in sizes], _oddities(sizes, modes, size)
+    copies, aspects = len(names) - len(keep), [w / h for w, h in sizes]
     more = f"{len(found):,} good images were found and {most:,} of them used; raise most to use more"
     said = {more: len(found) > most,
             f"{_many(copies, 'image')} left out as exact copies of others": copies,
             f"{_many(every.count(None), 'picture')} that {MARK} wrote left out": None in every}
-    notes += [*deep(peaks, ()), *(text for text, true in said.items() if true)]
+    notes = [*_oddities(sizes, modes, size), *deep(peaks, ()), *(text for text, true in said.items() if true)]
     facts = dict(found=len(found), copies=copies, aspects=[min(aspects), max(aspects)], top=top, draft=True,
                  deep=sorted({p is not None for p in peaks}))
     return torch.from_numpy(np.stack([arrays[i] for i in keep])), [names[i] for i in keep], facts, notes

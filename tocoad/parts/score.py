@@ -167,6 +167,7 @@ def heat_map(
     "A picture with its anomaly map"
     return overlay(*_seen(detector, x), detector.about["low"], detector.about["limit"])
 
+# %% ../../nbs/parts/2_score.ipynb #a096ca4b
 EMBEDDED = 200 # pictures on the page
 
 def _draw_worst(detector, images, rows, aside, arrays):

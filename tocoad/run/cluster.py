@@ -9,9 +9,9 @@ __all__ = ['carry_out_all', 'submit']
 import threading
 from functools import lru_cache
 
-from ..data.errors import BadInput
+from ..data.errors import BadInput, reason
 from ..data.images import Category
-from .compare import carry_out, find_device, load_at, reason
+from .compare import carry_out, find_device, load_at
 from .keys import code_of_stage
 from .source import Stale
 from .store import Store

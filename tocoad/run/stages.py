@@ -74,10 +74,10 @@ def pick(
 def gallery(c, data, got, parts, device, progress): # defects and paths; images, masks, maps
     "A few test images with the maps of frozen and tuned F in the unit of good images"
     test, both = data.test, [arrays for _, arrays in got]
-    labels, side = test.labels.numpy(), both[0]["maps"].shape[-1]
+    labels, size = test.labels.numpy(), both[0]["maps"].shape[-2:]
     k = pick(labels, test.defects, both[0]["image"], c.count)
     sides = zip(("frozen", "two_stage"), both, strict=True)
     maps = {m: unit(x["maps"], labels)[k].astype(np.float16) for m, x in sides}
-    masks = torch.zeros(len(k), side, side, dtype=torch.bool) if test.masks is None else crop(test.masks, side)[k]
+    masks = torch.zeros(len(k), *size, dtype=torch.bool) if test.masks is None else crop(test.masks, size)[k]
     about = dict(defects=[test.defects[i] for i in k], paths=[test.paths[i] for i in k])
-    return about, dict(images=crop(test.images, side)[k].numpy(), masks=masks.numpy(), **maps)
+    return about, dict(images=crop(test.images, size)[k].numpy(), masks=masks.numpy(), **maps)

@@ -98,7 +98,9 @@ def nearest_data() -> dict:
     one = [data.test.defects.index(kind) for kind in data.test.counts()] # of each kind
     places = memory.idx[c_star[one]] # image * 256 + row * 16 + column
     low, high = s[~data.test.labels].median().item(), s[one].max().item()
-    def photo(split, k): return picture(crop(split.images[k], 128).permute(1, 2, 0), "jpeg")
+    def photo(split, k): # k: which
+        "An image of a split as an address"
+        return picture(crop(split.images[k], 128).permute(1, 2, 0), "jpeg")
     return dict(side=16, names=[*data.test.counts()], first=[*data.test.counts()].index("hole"),
                 low=round(low), high=round(high), images=[photo(data.test, k) for k in one],
                 heats=[picture(heat(s[k].view(16, 16).numpy(), low, high)) for k in one],

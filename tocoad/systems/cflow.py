@@ -22,7 +22,7 @@ from ..method.arithmetic import arithmetic
 from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
 from .coupling import Coupling, Flow, log_density
-from .maps import enlarge, extractor, layer_maps
+from .maps import arrays_of, enlarge, extractor, filled, layer_maps
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/cflow.ipynb #5fa71756
@@ -183,7 +183,7 @@ def likelihoods(
 # %% ../../nbs/systems/cflow.ipynb #ff5b2d0d
 def anomaly_map(
     relative: list, # log p / C - top of each layer, (N, h_l, w_l)
-    size: int = 224, # side of the image
+    size=224, # of the image, as for `data.shape.sides`
 ): # (N, size, size)
     "What the layers' likelihoods lack to their highest, CFLOW 3"
     return sum(1 - enlarge(r.exp(), size, corners=True) for r in relative)
@@ -200,15 +200,13 @@ def fit(c, data, got, parts, device, progress): # log; the flows' state, and "to
     with arithmetic(c.precision, device):
         log = train(flows, look, len(data.train.images), c, stream(c.seed, "cflow order"), progress)
     top = torch.stack([layer.max() for layer in likelihoods(flows, F, data.train.images, c)])
-    return dict(log=log), {k: v.detach().cpu().numpy() for k, v in flows.state_dict().items()} | dict(top=top.numpy())
+    return dict(log=log), arrays_of(flows) | dict(top=top.numpy())
 
 # %% ../../nbs/systems/cflow.ipynb #4c88ab64
 def prepared(c, got, parts, device): # images -> "layer2" ... "layer4" (N, h_l, w_l)
     "What tells how likely every place is, of the likeliest of training"
-    F, state = parts.get("F") or extractor(c, device), {k: torch.from_numpy(v) for k, v in got[0][1].items()}
-    flows, top = flows_for((F.channels[k - 1] for k in LAYERS), c), state.pop("top")
-    flows.load_state_dict(state)
-    flows.to(device)
+    F, top = parts.get("F") or extractor(c, device), torch.from_numpy(got[0][1]["top"])
+    flows = filled(flows_for((F.channels[k - 1] for k in LAYERS), c), got[0][1]).to(device)
     def relative(images):
         "Of some images"
         found = zip(LAYERS, likelihoods(flows, F, images, c), top, strict=True)

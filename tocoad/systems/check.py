@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..data.errors import BadInput, one_of
-from ..data.images import crop, to_float
+from ..data.images import crop, sides, to_float
 from ..method.features import Features
 from ..method.halving import out_of_memory
 from ..method.memory import Memory
@@ -125,9 +125,9 @@ def _number(x):
 _SMALL = Config(backbone="tf_efficientnet_lite0", resize=96, size=64, width=32, patches="mean", dims=None)
 
 def _drawn(size):
-    "Three smooth pictures, uint8 (3, 3, size, size)"
+    "Three smooth pictures, uint8 (3, 3, H, W)"
     coarse = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    return (255 * torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)).byte()
+    return (255 * torch.nn.functional.interpolate(coarse, size=sides(size), mode="bicubic").clamp(0, 1)).byte()
 
 class Trial:
     "What a component is tried with"
@@ -156,10 +156,10 @@ def _generator(G, t): # t: a `Trial`
 # %% ../../nbs/systems/4_check.ipynb #a517f8cb
 def _loss(loss, t):
     "One number with a gradient, the same again, also for images without anomaly"
-    size = t.cfg.size
-    logits = torch.randn(4, 2, size, size, generator=torch.Generator().manual_seed(0)).to(t.device).requires_grad_()
-    masks = torch.zeros(4, size, size, dtype=torch.bool, device=t.device)
-    masks[:3, :size // 4, :size // 4] = True
+    h, w = sides(t.cfg.size)
+    logits = torch.randn(4, 2, h, w, generator=torch.Generator().manual_seed(0)).to(t.device).requires_grad_()
+    masks = torch.zeros(4, h, w, dtype=torch.bool, device=t.device)
+    masks[:3, :h // 4, :w // 4] = True
     value, again = (_number(call(loss, logits, masks)) for _ in range(2))
     need(torch.equal(value, again), "two calls on the same logits gave two results")
     need(value.requires_grad, "what it gave has no gradient: is it computed by .item(), .detach() or NumPy?")
@@ -199,7 +199,7 @@ def _head(head, t):
 # %% ../../nbs/systems/4_check.ipynb #870aac03
 def _contrast(contrast, t):
     "Made, called, trained for a step, on small images"
-    cfg = t.cfg.replace(size=min(t.cfg.size, 64))
+    cfg = t.cfg.replace(size=min(*sides(t.cfg.size), 64))
     def tried():
         F = copy.deepcopy(t.F)
         C = call(make_contrast, cfg, F, dict(contrast=contrast), alone=False)

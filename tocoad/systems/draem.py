@@ -18,12 +18,13 @@ from torch.nn import functional as nnf
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput
-from ..data.images import crop, textures, to_float
+from ..data.images import crop, sides, textures, to_float
 from ..method.arithmetic import arithmetic
 from ..method.discriminator import focal_loss
 from ..method.guard import Guard
 from ..method.perlin import Perlin, integers, turn, uniform
 from ..method.pretrain import decay, seeded, stream
+from .maps import arrays_of, filled
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/draem.ipynb #4d1a0008
@@ -47,7 +48,7 @@ class Settings(Shared):
 
     def fit_together(self):
         super().fit_together()
-        if self.size < 64:
+        if min(sides(self.size)) < 64:
             raise BadInput(f"size={self.size}: DRAEM halves an image five times: choose a size of at least 64.")
         if self.scales[0] > self.scales[1]:
             raise BadInput(f"scales={self.scales}: the first of scales must not be above the second.")
@@ -220,14 +221,12 @@ def fit(c, data, got, parts, device, progress): # log; the networks' state
     how = dict(turns=c.turns, angle=c.angle, gamma=c.gamma)
     with arithmetic(c.precision, device):
         log = train(net, G, images, c.epochs, c.batch, c.lr, c.size, c.seed, progress, **how)
-    return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in net.state_dict().items()}
+    return dict(log=log), arrays_of(net)
 
 # %% ../../nbs/systems/draem.ipynb #4d1a0044
 def prepared(c, got, parts, device): # images -> image (N,), maps (N, size, size)
     "What gives the probability of every pixel of being anomalous"
-    net = make(c, device)
-    net.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    net.eval()
+    net = filled(make(c, device), got[0][1]).eval()
     @torch.inference_mode()
     def probabilities(images):
         "Of some images"

@@ -19,7 +19,7 @@ from ..method.arithmetic import arithmetic
 from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
 from .coupling import Coupling, Flow
-from .maps import enlarge, extractor, layer_maps
+from .maps import arrays_of, enlarge, extractor, filled, layer_maps
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/fastflow.ipynb #97344724
@@ -41,8 +41,8 @@ def subnet(
     kernel: int, hidden: float = 1., # side, 1 or 3; channels inside, of those that enter
 ): # (channels in, channels out) -> module
     "Two convolutions that say how one half of the channels moves the other"
-    def make(i, o):
-        "Channels in, out"
+    def make(i, o): # channels in, out
+        "A fresh one"
         inside = max(1, int(i * hidden))
         return nn.Sequential(nn.Conv2d(i, inside, kernel, padding="same"), nn.ReLU(),
                              nn.Conv2d(inside, o, kernel, padding="same"))
@@ -76,7 +76,7 @@ def energy(
 
 def anomaly_map(
     energies: list, # of levels, (N, h_l, w_l)
-    size: int = 224, # side of the image
+    size=224, # of the image, as for `data.shape.sides`
 ): # (N, size, size), from -1 to 0
     "Mean of the levels' likelihoods, turned around: FastFlow 2"
     return torch.stack([enlarge(-torch.exp(-e / 2), size) for e in energies]).mean(0)
@@ -124,15 +124,14 @@ def fit(c, data, got, parts, device, progress): # log; the levels' state
             level.compile()
     with arithmetic(c.precision, device):
         log = train(levels, maps, c, progress)
-    return dict(log=log), {k: v.detach().cpu().numpy() for k, v in levels.state_dict().items()}
+    return dict(log=log), arrays_of(levels)
 
 # %% ../../nbs/systems/fastflow.ipynb #506fe730
 def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
     "What gives the mean square of z at every place"
-    F, state = parts.get("F") or extractor(c, device), {k: torch.from_numpy(v) for k, v in got[0][1].items()}
-    levels = levels_for([state[f"{k}.norm.weight"].shape for k in range(len(LAYERS))], c)
-    levels.load_state_dict(state)
-    levels.to(device)
+    F, arrays = parts.get("F") or extractor(c, device), got[0][1]
+    shapes = [arrays[f"{k}.norm.weight"].shape for k in range(len(LAYERS))]
+    levels = filled(levels_for(shapes, c), arrays).to(device)
     @torch.inference_mode()
     def energies(images):
         "Of some images"

@@ -8,9 +8,7 @@ __all__ = ['last_of', 'check_textures', 'given', 'learn', 'prepared']
 # %% ../../nbs/systems/6_learned.ipynb #5e1a0004
 from types import SimpleNamespace
 
-import torch
-
-from .maps import extractor
+from .maps import extractor, filled
 from .settings import Shared, ask_for_textures
 from .system import find, system_of
 
@@ -54,7 +52,7 @@ def learn(
     F = extractor(given(c, last.does), device) if "backbone" in last.does.fields else None
     for name, (values, arrays) in state.items():
         if F is not None and F.state_dict().keys() <= arrays.keys():
-            F.load_state_dict({k: torch.from_numpy(arrays[k]) for k in F.state_dict()})
+            filled(F, arrays)
             state[name] = values, {}
     return F, state, {name: values for name, (values, _) in got.items()}
 

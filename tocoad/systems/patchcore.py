@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from ..method.memory import Memory, anomaly_maps, score_paper, score_plain
-from .maps import extractor
+from .maps import extractor, grid_of
 from .settings import Real, Shared, Whole
 from .tocoad import embed
 
@@ -47,8 +47,8 @@ def prepared(c, got, parts, device): # images -> image scores, patch scores (N, 
     def distances(images):
         "Of some images"
         Q = embed(F, images, c, parts)
-        s, side = score_plain(M, Q), round(Q.shape[1]**.5)
-        found = dict(image=image_score(M, Q, s, c.b), patch_scores=s.unflatten(1, (side, side)))
+        s = score_plain(M, Q)
+        found = dict(image=image_score(M, Q, s, c.b), patch_scores=s.unflatten(1, grid_of(c)))
         return {k: v.cpu().numpy() for k, v in found.items()}
     return distances
 

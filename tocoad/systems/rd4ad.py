@@ -18,11 +18,12 @@ from torchvision.models.resnet import BasicBlock
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput
+from ..data.shape import sides
 from ..method.arithmetic import arithmetic
 from ..method.discriminator import DEPTHS, block
 from ..method.guard import Guard
 from ..method.pretrain import seeded, stream
-from .maps import enlarge, extractor, layer_maps, smooth
+from .maps import arrays_of, enlarge, extractor, filled, layer_maps, smooth
 from .settings import Real, Shared, Whole
 
 # %% ../../nbs/systems/rd4ad.ipynb #4d0a0009
@@ -121,9 +122,9 @@ def distance(
 # %% ../../nbs/systems/rd4ad.ipynb #4d0a0031
 def anomaly_map(
     layers: list, # of `place_distance`, (N, h_l, w_l)
-    size: int = 224, # side of the image
+    size=224, # of the image, as for `data.shape.sides`
     sigma: float = 4., # of the smoothing, pixels; 0: none
-): # (N, size, size)
+): # (N, H, W)
     "Distances of all layers, enlarged and added"
     return smooth(sum(enlarge(m, size, corners=True) for m in layers), sigma)
 
@@ -141,7 +142,7 @@ class Settings(Shared):
 
     def fit_together(self):
         super().fit_together()
-        if self.size < 64:
+        if min(sides(self.size)) < 64:
             raise BadInput(f"size={self.size}: RD4AD's code would have a single place: choose a size of at least 64.")
 
 # %% ../../nbs/systems/rd4ad.ipynb #4d0a0037
@@ -178,14 +179,13 @@ def fit(c, data, got, parts, device, progress): # log; the student's state
         S.compile()
     with arithmetic(c.precision, device):
         log = train(S, teacher, c.epochs, c.batch, c.lr, c.betas, c.cosine, c.seed, progress)
-    return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in S.state_dict().items()}
+    return dict(log=log), arrays_of(S)
 
+# %% ../../nbs/systems/rd4ad.ipynb #4d0a0054
 def prepared(c, got, parts, device): # images -> "layer1" ... "layer3" (N, h_l, w_l)
     "What gives the distance between teacher and student at every place"
     F = parts.get("F") or extractor(c, device)
-    S = student(F.channels, c.backbone, c.seed)
-    S.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    S.to(device).eval()
+    S = filled(student(F.channels, c.backbone, c.seed), got[0][1]).to(device).eval()
     @torch.inference_mode()
     def distances(images):
         "Of some images"

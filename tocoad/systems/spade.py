@@ -60,7 +60,7 @@ def prepared(c, got, parts, device): # images -> distances to training images, o
     pooled, images = (torch.from_numpy(got[0][1][k]) for k in ("pooled", "images"))
     F, M = parts.get("F") or extractor(c, device), Memory(pooled.to(device))
     train = layer_maps(F, images, c, (1, 2, 3))
-    def far(images, progress=False):
+    def far(images, progress=False): # uint8 (N, 3, R, R); show a bar
         "Of some images"
         found, names = [], ("distances", "layer1", "layer2", "layer3")
         with tqdm(total=len(images), desc="SPADE", disable=not progress, leave=False) as bar:

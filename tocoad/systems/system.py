@@ -33,7 +33,7 @@ class Stage:
     judges: bool = False # is given image scores and maps, and nothing else, of the stages before it
 
 def find(
-    function, # a function, or its path in the package, such as "systems.tocoad.stage1"
+    function, # a function or a class, or its path in the package, such as "systems.tocoad.stage1"
 ) -> Callable:
     "The function that a stage names"
     if callable(function):
@@ -53,16 +53,14 @@ class System:
     profiles: dict = field(default_factory=dict) # profile -> settings of its own that differ there
     reading: bool = False # made of a description with gaps: titles say so, and no verdict rests on it
 
-    def stages_of(self,
-        c: Shared, # its settings
-    ) -> dict: # name -> `Stage`
+    def stages_of(self, c: Shared) -> dict: # its settings; name -> `Stage`
         "The stages of a run"
         return {s: self.stages[s] for s in self.used(c, tuple(self.stages))}
 
     @cached_property
     def kind(self):
         "The dataclass of its settings"
-        return find(self.settings) if isinstance(self.settings, str) else self.settings
+        return find(self.settings)
 
     def of(self,
         base: Shared, # settings of any system

@@ -30,6 +30,7 @@ from ..method.memory import SCORERS, Memory, anomaly_maps, image_scores, patch_f
 from ..method.nsa import NSA
 from ..method.perlin import Perlin
 from ..method.pretrain import check_discriminator, pretrain, seeded, stream
+from .maps import arrays_of, filled, grid_of
 from .settings import Config, ask_for_textures, resolved
 from .system import TRAINS
 
@@ -57,7 +58,7 @@ def make_generator(
 def make_views(
     c, # has size, scale, colour
     parts=None, # "views": a module
-): # images (B, 3, S, S) -> views (B, 3, size, size)
+): # images (B, 3, R, R) -> views (B, 3, H, W)
     "C's augmentation as the settings say"
     if parts and "views" in parts:
         return parts["views"]
@@ -126,15 +127,6 @@ def pairs(
     return {k: np.round(v.astype(float), 4).tolist() for k, v in out.items()}
 
 # %% ../../nbs/systems/3_tocoad.ipynb #55c732e5
-def _arrays(module):
-    "A module's state as arrays"
-    return {k: v.detach().cpu().contiguous().numpy() for k, v in module.state_dict().items()}
-
-def _fill(module, arrays):
-    "A module with a stored state, copies on its way left out"
-    module.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items() if "/" not in k})
-    return module
-
 def _loss(name, c, parts):
     "A loss as the settings say, or the one passed in"
     if "loss" in parts:
@@ -149,7 +141,7 @@ def stage1(c, data, got, parts, device, progress): # log and AUROC; D's state
     with arithmetic(c.precision, device):
         log = pretrain(F, D, G, images, c.epochs1, c.batch, c.lr1, loss, c.bn1, c.size, c.seed, progress)
         auroc = check_discriminator(F, D, G, images, size=c.size, seed=c.seed)
-    return dict(log=log, discriminator_auroc=auroc), _arrays(D)
+    return dict(log=log, discriminator_auroc=auroc), arrays_of(D)
 
 # %% ../../nbs/systems/3_tocoad.ipynb #a3628727
 def _tuned(c, data, parts, device, progress, C, F, lam, **guide):
@@ -160,14 +152,14 @@ def _tuned(c, data, parts, device, progress, C, F, lam, **guide):
         "Note the spread, keep a copy"
         layers.append({k: v.item() for k, v in layer_spread(F(shown)).items()})
         if epoch and c.curve and epoch % c.curve == 0:
-            copies.update({f"epoch{epoch}/{k}": v.copy() for k, v in _arrays(F).items()})
+            copies.update({f"epoch{epoch}/{k}": v.copy() for k, v in arrays_of(F).items()})
     with arithmetic(c.precision, device):
         with torch.no_grad():
             each(0, F.eval())
         log = finetune(F, C, images, epochs=c.epochs2, batch=c.batch, lr=c.lr2, lr_head=c.lr_head, lam=lam, bn=c.bn2,
                        freeze=c.freeze, view_of=c.view_of, size=c.size, seed=c.seed, progress=progress, each=each,
                        **guide)
-    return dict(log=log, layers=layers), _arrays(F) | copies
+    return dict(log=log, layers=layers), arrays_of(F) | copies
 
 # %% ../../nbs/systems/3_tocoad.ipynb #1dd8acab
 def stage2(c, data, got, parts, device, progress): # log, spread of layers, pairs of views; F's state and copies
@@ -175,7 +167,7 @@ def stage2(c, data, got, parts, device, progress): # log, spread of layers, pair
     F, D = make_networks(c, device)
     C, images = make_contrast(c, F, parts), data.train.images[:8].to(device)
     before = pairs(F, C, images, c)
-    guide = dict(D=_fill(D, got[0][1]), G=make_generator(c, parts, device), loss=_loss(c.loss, c, parts),
+    guide = dict(D=filled(D, got[0][1]), G=make_generator(c, parts, device), loss=_loss(c.loss, c, parts),
                  train_d=c.train_d)
     said, arrays = _tuned(c, data, parts, device, progress, C, F, c.lam, **guide)
     return dict(said, pairs=dict(before=before, after=pairs(F, C, images, c))), arrays
@@ -209,7 +201,7 @@ def embed(
 def _extractor(c, arrays, device):
     "F, tuned if there are arrays of its state"
     F, _ = make_networks(c)
-    return (_fill(F, arrays) if arrays else F).to(device)
+    return (filled(F, arrays) if arrays else F).to(device)
 
 # %% ../../nbs/systems/3_tocoad.ipynb #7e3f78ec
 def memory(c, data, got, parts, device, progress): # numbers of patches; bank and indices
@@ -219,6 +211,7 @@ def memory(c, data, got, parts, device, progress): # numbers of patches; bank an
     idx = choose(X, c.coreset, generator=stream(c.seed, "coreset"))
     return dict(patches=len(X), kept=len(idx)), dict(bank=X[idx].cpu().numpy(), idx=idx.cpu().numpy())
 
+# %% ../../nbs/systems/3_tocoad.ipynb #7e3f78ee
 def prepared(c, got, parts, device): # images -> patch scores (N, h, w)
     "What gives the distance of every patch to the memory"
     F = parts.get("F") or _extractor(c, got[1][1] if len(got) > 1 else None, device)
@@ -226,8 +219,8 @@ def prepared(c, got, parts, device): # images -> patch scores (N, h, w)
     def distances(images):
         "Of some images"
         Q = embed(F, images, c, parts)
-        s, side = (parts.get("scorer") or SCORERS[c.scorer])(M, Q, c.b), round(Q.shape[1]**.5)
-        return dict(patch_scores=s.reshape(len(Q), side, side).float().cpu().numpy())
+        s = (parts.get("scorer") or SCORERS[c.scorer])(M, Q, c.b)
+        return dict(patch_scores=s.reshape(len(Q), *grid_of(c)).float().cpu().numpy())
     return distances
 
 def scores(c, data, got, parts, device, progress): # size of the grid; patch scores (N, h, w)
@@ -249,10 +242,10 @@ def maps_of(
 def judge(
     data: Category, # its test labels and masks
     image, # image scores (N,)
-    maps, # (N, size, size)
+    maps, # (N, H, W)
 ) -> dict: # metric -> value in [0, 1], None where it does not exist
     "All metrics of one scored category"
-    masks = None if data.test.masks is None else crop(data.test.masks, maps.shape[-1]).numpy()
+    masks = None if data.test.masks is None else crop(data.test.masks, maps.shape[-2:]).numpy()
     found = evaluate(data.test.labels.numpy(), masks, image, maps)
     return {k: float(v) if np.isfinite(v) else None for k, v in found.items()}
 
@@ -294,6 +287,6 @@ def score(
     parts=None, # component -> object to use instead
 ) -> tuple: # image scores (N,), maps (N, size, size), both float32 arrays
     "Image scores and anomaly maps of the test images"
-    state, device = (None, _arrays(F)), next(F.parameters()).device
+    state, device = (None, arrays_of(F)), next(F.parameters()).device
     bank = memory(cfg, data, [state], parts or {}, device, False)
     return maps_of(scores(cfg, data, [bank, state], parts or {}, device, False)[1], cfg)

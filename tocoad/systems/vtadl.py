@@ -21,20 +21,20 @@ from torch.nn import functional as nnf
 from tqdm.auto import tqdm
 
 from ..data.errors import BadInput
-from ..data.images import crop, to_float
+from ..data.images import crop, sides, to_float
 from ..method.arithmetic import arithmetic
 from ..method.guard import Guard
 from ..method.pretrain import batches, seeded, stream
-from .maps import enlarge, smooth
-from .settings import Real, Shared, Whole
+from .maps import arrays_of, enlarge, filled, smooth
+from .settings import Real, Shared, Sides, Whole
 
 # %% ../../nbs/systems/vtadl.ipynb #71ad0010
 @dataclass(frozen=True)
 class Settings(Shared):
     "Settings of VT-ADL; the defaults are its authors'"
     method: str = "vtadl"
-    resize: Whole[32, 8192] = 550 # side after decoding
-    size: Whole[32, 8192] = 512 # side of the centre crop
+    resize: Sides[32, 8192] = 550 # side after decoding, or width x height
+    size: Sides[32, 8192] = 512 # side of the centre crop, or width x height
     tokens: Whole[2, 64] = 8 # patches along a side
     width: Real[1 / 64, 4] = 1.0 # share of the published numbers of channels, in steps of an eighth
     depth: Whole[1, 48] = 6 # layers of the transformer
@@ -49,7 +49,7 @@ class Settings(Shared):
 
     def fit_together(self):
         super().fit_together()
-        if self.size % self.tokens:
+        if any(n % self.tokens for n in sides(self.size)):
             raise BadInput(f"tokens={self.tokens}: patches along a side must divide size={self.size}.")
 
 # %% ../../nbs/systems/vtadl.ipynb #71ad0015
@@ -75,10 +75,10 @@ class Layer(nn.Module):
 # %% ../../nbs/systems/vtadl.ipynb #71ad0018
 class Encoder(nn.Module):
     "A transformer over patches"
-    def __init__(self, size: int, tokens: int, d: int, depth: int): # side; patches along it; of a token; layers
+    def __init__(self, size, tokens: int, d: int, depth: int): # as for `sides`; patches along one; of a token; layers
         super().__init__()
-        self.patch = size // tokens
-        self.embed = nn.Linear(3 * self.patch**2, d)
+        self.patch = tuple(n // tokens for n in sides(size))
+        self.embed = nn.Linear(3 * math.prod(self.patch), d)
         self.first, self.place = nn.Parameter(torch.randn(1, 1, d)), nn.Parameter(torch.randn(1, tokens**2 + 1, d))
         self.layers = nn.Sequential(*(Layer(d) for _ in range(depth)))
         for m in self.modules():
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
     def forward(self, x): # (B, 3, H, W) in [0, 1]
         "Codes of the patches, row by row (B, T, d)"
-        cut = nnf.unfold(x, self.patch, stride=self.patch).mT # (B, T, 3 * patch**2)
+        cut = nnf.unfold(x, self.patch, stride=self.patch).mT # (B, T, numbers of a patch)
         all_tokens = torch.cat([self.first.expand(len(x), -1, -1), self.embed(cut)], 1)
         return self.layers(all_tokens + self.place)[:, 1:]
 
@@ -101,12 +101,12 @@ def squash(s): # (B, d)
 
 class Decoder(nn.Module):
     "Codes in, a picture out"
-    def __init__(self, size: int, tokens: int, d: int): # as in `Encoder`
+    def __init__(self, size, tokens: int, d: int): # as in `Encoder`
         super().__init__()
         self.vote = nn.Linear(tokens**2 * d, d, bias=False)
         nn.init.normal_(self.vote.weight, 0., .01)
         channels = d // 64, *(max(2, n * d // 512) for n in (16, 32, 32, 16, 8)), 3
-        third, fourth = (5, 2) if size > 256 else (2, 1) # 8 -> 512 or 8 -> 124
+        third, fourth = (5, 2) if max(sides(size)) > 256 else (2, 1) # 8 -> 512 or 8 -> 124
         shapes = (3, 2, 1), (9, 3, 1), (7, third, 1), (9, fourth, 0), (6, 1, 0), (11, 1, 0)
         rise = []
         for (a, b), (side, stride, pad) in zip(pairwise(channels), shapes, strict=True):
@@ -212,13 +212,12 @@ def fit(c, data, got, parts, device, progress): # log; the networks' state
     net = make(c, device)
     with arithmetic(c.precision, device):
         log = train(net, data.train.images.to(device), c, progress)
-    return dict(log=log), {k: v.detach().cpu().contiguous().numpy() for k, v in net.state_dict().items()}
+    return dict(log=log), arrays_of(net)
 
+# %% ../../nbs/systems/vtadl.ipynb #71ad0054
 def prepared(c, got, parts, device): # images -> "surprise" (N, tokens, tokens), "unlike" (N,)
     "What gives the surprise of every patch"
-    net = make(c, device)
-    net.load_state_dict({k: torch.from_numpy(v) for k, v in got[0][1].items()})
-    net.eval()
+    net = filled(make(c, device), got[0][1]).eval()
     @torch.inference_mode()
     def found(images):
         "Of some images"
