@@ -1,6 +1,5 @@
 "The notebooks are the source: they run, the library and the README are made from them, and they are clean."
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import nbdev.test
 import nbformat
 import pytest
 import yaml
+from forked import FORK
 from nbdev.clean import clean_jupyter, nbdev_clean
 from nbdev.config import get_config
 from nbdev.export import nb_export
@@ -66,11 +66,6 @@ def test_eq_1_and_figure_3_come_first():
     assert any(pictures), "Figure 3's picture within twenty"
     perlin = next(i for i, t in enumerate(said) if "class Perlin" in t)
     assert not re.search("CutPaste|NSA|Poisson", "".join(said[i] for i in range(first + 1, perlin) if prose[i]))
-
-
-WAYS = multiprocessing.get_all_start_methods()
-FORK = multiprocessing.get_context("forkserver" if "forkserver" in WAYS else "spawn")
-FORK.set_forkserver_preload(["nbdev.test", "matplotlib.pyplot", "tocoad.run.compare", "tocoad.paper.sheets"])
 
 
 def silent(nb, _):

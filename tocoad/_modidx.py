@@ -985,7 +985,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tocoad.run.compare._file_id': ('run/compare.html#_file_id', 'tocoad/run/compare.py'),
                                     'tocoad.run.compare._got': ('run/compare.html#_got', 'tocoad/run/compare.py'),
                                     'tocoad.run.compare._method': ('run/compare.html#_method', 'tocoad/run/compare.py'),
-                                    'tocoad.run.compare._ready': ('run/compare.html#_ready', 'tocoad/run/compare.py'),
                                     'tocoad.run.compare._run': ('run/compare.html#_run', 'tocoad/run/compare.py'),
                                     'tocoad.run.compare._together': ('run/compare.html#_together', 'tocoad/run/compare.py'),
                                     'tocoad.run.compare._training': ('run/compare.html#_training', 'tocoad/run/compare.py'),

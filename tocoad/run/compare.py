@@ -276,17 +276,6 @@ def _run(cfg, parts, system, data, store, device, progress):
     trained = {s: store.record(t)["values"] for s, t in ts.items() if s in _LOGGED and store.record(t)}
     return shown(end, store.tensors(end)), r["values"], _training(trained), how
 
-# %% ../../nbs/run/5_compare.ipynb #e1cedfd8
-def _ready(cfg, methods, data, device): # methods: name -> change
-    "Method -> published settings that it leaves, if any; what cannot be run is refused before anything is"
-    left = {}
-    for m, change in methods.items():
-        c, parts, system = member(cfg, m, change)
-        left |= {m: departures(c)} if not isinstance(c, Config) and departures(c) else {}
-        tasks(c, data, parts, device, system)
-        check_parts(c, parts, data.train.images, device)
-    return left
-
 # %% ../../nbs/run/5_compare.ipynb #e1cedfdc
 def compare(
     cfg: Shared, # all settings but method and seed
@@ -294,8 +283,7 @@ def compare(
     methods=None, # names, or name -> changes of `cfg` ("parts" for components), settings, or a `System`
     data: Category | None = None, # already loaded, or found by `root`
     root=None, # folder that holds the category; None: the embedded mini data set
-    device: str | None = None, # "cpu", "cuda"; None: a GPU if there is one
-    progress: bool = True,
+    device: str | None = None, progress: bool = True, # "cpu", "cuda", None: a GPU if there is one; whether to show it
     store: Store | None = None, # None: nothing is kept
 ) -> Comparison:
     "Train and score every method with every seed on one category"
@@ -303,8 +291,12 @@ def compare(
     data, methods = data or load_at(*at(cfg, root)), methods or methods_for(cfg)
     notes = tuple(dict.fromkeys([*data.notes, *few(len(data.train))]))
     data = replace(data, fingerprint=content(data), notes=notes) # as it is in memory now
-    methods = methods if isinstance(methods, dict) else dict.fromkeys(methods)
-    left = _ready(cfg, methods, data, device)
+    methods, left = methods if isinstance(methods, dict) else dict.fromkeys(methods), {}
+    for m, change in methods.items():
+        c, parts, system = member(cfg, m, change)
+        left |= {m: departures(c)} if not isinstance(c, Config) and departures(c) else {}
+        tasks(c, data, parts, device, system) # what cannot be run is refused before anything is
+        check_parts(c, parts, data.train.images, device)
     todo, runs = [(s, m) for s in seeds for m in methods], {}
     with tempfile.TemporaryDirectory() as aside, (store := store or Store(Path(aside) / "store")).busy():
         for seed, m in tqdm(todo, printable(cfg.category), disable=not progress, leave=False):
