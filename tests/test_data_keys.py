@@ -10,7 +10,7 @@ from tocoad.run.source import fingerprint, reach, sources
 from tocoad.systems.system import find
 from tocoad.systems.tocoad import maps_of
 
-NOW, READ = sources(), {"data.images", "data.cache", "data.errors"} # textures are decoded and kept
+NOW, READ = sources(), {"data.images", "data.cache", "data.errors", "data.shape"} # textures are decoded and kept
 
 
 def moved(room, old, new):
@@ -33,7 +33,9 @@ def test_a_reader_a_painter_and_a_drawing_move_no_key(room, old, new):
 
 
 def test_cropping_moves_every_key_and_decoding_those_that_read_textures():
-    assert moved("data.images", "y, x = (h - size) // 2", "y, x = (h - size) // 3") == set(STAGES) - {"difference"}
+    assert moved("data.images", "y, x = (H - h) // 2", "y, x = (H - h) // 3") == set(STAGES) - {"difference"}
+    assert moved("data.shape", "reversed(size", "iter(size") == set(STAGES) - {"difference"}
+    assert moved("data.shape", "max(1, round", "max(2, round") == set(), "which shape is asked for is a setting"
     networks = set(STAGES) - {"metrics", "redraws", "difference", "gallery"}
     assert moved("data.images", "images.float() / 255", "images.float() / 256") == networks
     assert moved("data.images", "Resampling.BILINEAR, box", "Resampling.BICUBIC, box") == {"stage1", "stage2", "tour"}

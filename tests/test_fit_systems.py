@@ -238,7 +238,7 @@ def test_a_file_of_the_time_when_there_was_one_system(good, parts, tmp_path):
     ("draem", ["draem.width=9"], "width must be a number from"),
     ("rd4ad", ["size=32"], "choose a size of at least 64")])
 def test_settings_of_the_command(system, pairs, says):
-    from tocoad.cli import settle_own
+    from tocoad.cli_parts import settle_own
     with pytest.raises(BadInput, match=says) as e:
         settle_own(system, "smoke", 0, pairs)
     assert "\n" not in str(e.value)

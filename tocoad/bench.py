@@ -15,8 +15,9 @@ from .run.source import PACKAGE
 
 # %% ../nbs/bench.ipynb #20dfb269
 FOLDER = PACKAGE.parent / "nbs" / "bench"
-BENCHES = ("memory", "metrics", "generators", "training", "start", "scaling", "gpu", "costs", "precision")
-DEFAULT = BENCHES[:-2] # the last two compare with nobody, and take long on real images
+BENCHES = ("memory", "metrics", "generators", "training", "start", "scaling", "gpu", "parts", "costs",
+           "precision")
+DEFAULT = BENCHES[:-3] # the last three take long on real images
 
 def notebook_of(
     name: str, # of `BENCHES`, or "results"
