@@ -89,7 +89,7 @@ def read_flat(*place):
             '    "laptop": Config(',
             '    "quick": Config(profile="quick", **_LITE).replace(epochs1=1, epochs2=1),\n',
         ),
-        ("cli.py", '"laptop", "smoke", "lab"]', '"quick", '),
+        ("command.py", '"laptop", "smoke", "lab"]', '"quick", '),
     ],
     "system": [
         (

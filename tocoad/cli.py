@@ -201,7 +201,7 @@ def data_write(
 
 # %% ../nbs/cli.ipynb #fa6953e0
 def bench(
-    names: list[str] = (), # memory, metrics, generators, training, start, scaling, gpu (default); parts, costs, precision
+    names: list[str] = (), # default: memory metrics generators training start scaling gpu; else parts, costs, precision
     *, root: Path = None, # folder that holds mvtec_ad/bottle (default: drawn images of the same number and size)
     out: Path = Path("reports"), # folder for results, table and picture, in its folder bench
     quick: bool = False, # small sizes: shows that everything runs and that the results agree, says nothing about speed
