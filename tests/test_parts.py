@@ -17,9 +17,10 @@ from PIL import Image
 from tocoad.cli import main
 from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
+from tocoad.parts import score as score_room
 from tocoad.parts.export import load, save
 from tocoad.parts.fit import KEPT, Detector, fit, rank
-from tocoad.parts.pictures import LEAST, decoded, hash_order
+from tocoad.parts.pictures import LEAST, InFlight, decoded, hash_order
 from tocoad.parts.score import MARK, Summary, results, score, scored
 from tocoad.run.config import config
 
@@ -312,6 +313,37 @@ def test_memory_running_out_halves_the_batch(detector, parts, tmp_path, monkeypa
     assert np.allclose(list(scores(tmp_path / "a").values()), list(scores(tmp_path / "b").values()), rtol=1e-5)
     assert tried[:3] == [8, 4, 2] and 4 not in tried[3:] and 8 not in tried[3:]
     assert caplog.text.count("memory ran out") == 2
+
+
+@pytest.mark.parametrize("most", [0, 3, 100])
+def test_an_image_is_judged_once(detector, parts, tmp_path, monkeypatch, most):
+    "And the maps that are drawn and kept as numbers are those of the highest scores"
+    judged, rows_of = [], Detector.rows
+    monkeypatch.setattr(Detector, "rows", lambda self, x: judged.append(len(x)) or rows_of(self, x))
+    found = score(detector, parts, tmp_path / "out", most, progress=False, arrays=True)
+    known = [n for n, s, _ in found.scores if s is not None]
+    assert sum(judged) == len(known) and list(found.heat_maps) == known[:most]
+    if most:
+        kept = np.load(tmp_path / "out" / "maps.npz")
+        assert list(kept["paths"]) == known[:most]
+        for name, heat in zip(kept["paths"], kept["maps"], strict=True):
+            assert np.array_equal(heat, detector(parts / str(name)).map)
+
+
+@pytest.mark.parametrize("room, at_once", [(1, 1), (10**9, 2)])
+def test_large_pictures_are_drawn_one_after_the_other(detector, parts, tmp_path, monkeypatch, room, at_once):
+    now, seen, picture = [], [], score_room._picture
+    def slow(*args):
+        "Note how many are in memory"
+        now.append(1)
+        seen.append(len(now))
+        time.sleep(.02)
+        now.pop()
+        return picture(*args)
+    monkeypatch.setattr(score_room, "IN_FLIGHT", InFlight(room))
+    monkeypatch.setattr(score_room, "_picture", slow)
+    score(detector, parts, tmp_path / "out", progress=False)
+    assert max(seen) == 1 if at_once == 1 else max(seen) >= at_once
 
 
 def rss():

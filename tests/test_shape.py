@@ -142,6 +142,14 @@ def test_run_takes_the_images_own_shape_in_all_it_writes(category, tmp_path, cap
         assert next((tmp_path / "out").glob(f"*_{name}.png")).stat().st_size > 5000
 
 
+def test_the_drawn_set_and_a_missing_category_are_asked_in_order(category, capsys):
+    "size=auto is answered for the set that is meant, and other mistakes are still said"
+    twice = ["run", "--set", "size=auto", "--seeds", "0", "0"]
+    assert cli.main(twice) == 2 and "give each seed once" in capsys.readouterr().err
+    assert cli.main([*twice, "--root", str(category.parent)]) == 2
+    assert "--category is missing" in capsys.readouterr().err
+
+
 def test_views_keep_the_aspect_of_what_they_show():
     "On average a crop is as wide for its height as the picture is, whatever its shape"
     ramp = torch.stack(torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 192), indexing="ij"))

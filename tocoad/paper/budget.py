@@ -7,6 +7,7 @@ __all__ = ['SEEDS', 'WEIGHTS', 'D_WEIGHTS', 'ACTIVATIONS', 'PASSING', 'seconds',
            'gpu_memory', 'disk', 'in_turn', 'outlook', 'in_words', 'check', 'spend']
 
 # %% ../../nbs/paper/budget.ipynb #908ae683
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.errors import BadInput
-from ..data.shape import area
+from ..data.shape import area, patch_grid
 from . import hours, plan, published, sheets
 from . import rows as rows_room
 from .published import CATEGORIES
@@ -109,7 +110,7 @@ def disk(
     n: int, # training images
 ) -> float: # GB
     "What a stored stage takes; of another system its maps alone"
-    patches, F = area(c.size) // 64, 4 * WEIGHTS[c.backbone] / 1000
+    patches, F = math.prod(patch_grid(c.size)), 4 * WEIGHTS[c.backbone] / 1000
     if stage in ("stage2", "contrastive"):
         return F * (1 + (c.epochs2 // c.curve if c.curve else 0))
     if stage == "stage1":

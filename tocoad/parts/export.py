@@ -23,7 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..data.errors import BadInput, one_of
-from ..data.shape import sides
+from ..data.shape import patch_grid, sides
 from ..files import whole
 from ..method.features import Features
 from ..method.memory import Memory, _spread, patch_features
@@ -185,8 +185,8 @@ class ToDecision(nn.Module):
         super().__init__()
         c = detector.cfg
         self.halves = nn.Sequential(ToSquare(c.size), ToPatches(detector), ToScores(detector))
-        for name, side in zip(("down", "across"), sides(c.size), strict=True):
-            self.register_buffer(name, _spread(side // 8, side, getattr(c, "sigma", 4.)).float()) # layer 2 has stride 8
+        for name, n, side in zip(("down", "across"), patch_grid(c.size), sides(c.size), strict=True):
+            self.register_buffer(name, _spread(n, side, getattr(c, "sigma", 4.)).float())
         self.register_buffer("threshold", torch.tensor(detector.threshold))
 
     def forward(self, images):

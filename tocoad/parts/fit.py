@@ -23,7 +23,7 @@ from ..data.depth import SCALES
 from ..data.errors import BadInput, one_of, printable
 from ..data.images import Picture
 from ..data.layouts import GOOD
-from ..data.shape import area, sides, spoken
+from ..data.shape import patch_grid, sides, spoken
 from ..method.features import Features
 from ..method.halving import halving
 from .pictures import LEAST, _many, read, read_good
@@ -152,7 +152,7 @@ def bounded(
     "Settings whose memory, if there is one, keeps at most so many patches"
     if patches is None or "memory" not in last_of(c).does.needs:
         return c
-    every = n * area(c.size) // 64 # layer 2 has stride 8
+    every = n * math.prod(patch_grid(c.size))
     return c.replace(coreset=min(c.coreset, patches / every))
 
 # %% ../../nbs/parts/1_fit.ipynb #0b57dc84

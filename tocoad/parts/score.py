@@ -35,7 +35,7 @@ from ..method.halving import halving
 from ..names import cell
 from .fit import Detector, _origin, rounded
 from .page import layers, page
-from .pictures import Written, _many, _readable, decoded, find_images, image_of, marked
+from .pictures import IN_FLIGHT, Written, _look, _many, _readable, decoded, find_images, image_of, marked
 from ..run.store import write_json
 
 # %% ../../nbs/parts/2_score.ipynb #9127c33b
@@ -176,27 +176,30 @@ def _write_scores(rows, path, threshold, heat_maps):
             out.writerow(map(cell, [rank, name, score, t, ratio, what, heat_maps.get(name, ""), why]))
 
 # %% ../../nbs/parts/2_score.ipynb #675ec23a
-def _seen(detector, x, heat=None):
-    "A picture and its map, unless that is known"
-    if heat is None:
-        heat = detector.judge(torch.from_numpy(detector.read(x).pixels.copy())[None])[1][0]
-    return rgb(image_of(x), detector.about["images"].get("top", SCALES[-1])), heat.numpy()
+def _map(detector, x):
+    "The map of a picture"
+    return detector.judge(torch.from_numpy(detector.read(x).pixels.copy())[None])[1][0].numpy()
+
+def _picture(detector, x):
+    "A picture as it was taken, in 8 bits"
+    return rgb(image_of(x), detector.about["images"].get("top", SCALES[-1]))
 
 def heat_map(
     detector: Detector, x, # a picture, as the detector takes it
 ) -> Image.Image: # RGB
     "A picture with its anomaly map"
-    return overlay(*_seen(detector, x), detector.about["low"], detector.about["limit"])
+    return overlay(_picture(detector, x), _map(detector, x), detector.about["low"], detector.about["limit"])
 
 # %% ../../nbs/parts/2_score.ipynb #a096ca4b
 EMBEDDED = 200 # pictures on the page
 
 def _draw(detector, path, heat, file, embed): # its map or None; file to write; whether it comes on the page
     "Write an image's heat map; the picture, the map, the layers of the page"
-    limits = detector.about["low"], detector.about["limit"]
-    im, heat = _seen(detector, path, heat)
-    marked(over := overlay(im, heat, *limits), file)
-    return over, heat, layers(im, heat, *limits) if embed else None
+    limits, heat = (detector.about["low"], detector.about["limit"]), _map(detector, path) if heat is None else heat
+    with IN_FLIGHT(_look(path, detector.cfg.size)[2]): # large ones wait for each other
+        im = _picture(detector, path)
+        marked(over := overlay(im, heat, *limits), file)
+        return over, heat, layers(im, heat, *limits) if embed else None
 
 # %% ../../nbs/parts/2_score.ipynb #5cb2f0f9
 def _draw_worst(detector, images, rows, aside, arrays, known=()): # known: name -> map
@@ -276,7 +279,7 @@ def score(
         pixels = decoded(names, lambda n: _read(detector, images, odd, ours, n), max(64, 2 * batch))
         if not (rows := scored(pixels, detector.rows, batch, worst := Worst(maps))):
             raise BadInput(f"{images} holds no images ({', '.join(SUFFIXES)}): give the folder of parts to score")
-        known = {n: heat.unflatten(0, sides(detector.cfg.size)) for n, heat in worst.items()}
+        known = {n: heat.unflatten(0, sides(detector.cfg.size)).numpy() for n, heat in worst.items()}
         drawn, shown = _draw_worst(detector, images, rows[:maps], aside, arrays, known)
         _write_scores(rows, aside / "scores.csv", detector.threshold, drawn)
         made, said = _origin(start, detector.device), _shifted(rows, detector.held, len(odd), len(ours))

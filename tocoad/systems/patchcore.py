@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
+from ..data.shape import patch_grid
 from ..method.memory import Memory, anomaly_maps, score_paper, score_plain
-from .maps import extractor, grid_of
+from .maps import extractor
 from .settings import Real, Shared, Whole
 from .tocoad import embed
 
@@ -48,7 +49,7 @@ def prepared(c, got, parts, device): # images -> image scores, patch scores (N, 
         "Of some images"
         Q = embed(F, images, c, parts)
         s = score_plain(M, Q)
-        found = dict(image=image_score(M, Q, s, c.b), patch_scores=s.unflatten(1, grid_of(c)))
+        found = dict(image=image_score(M, Q, s, c.b), patch_scores=s.unflatten(1, patch_grid(c.size)))
         return {k: v.cpu().numpy() for k, v in found.items()}
     return distances
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as nnf
 
 from ..data.images import Category, crop, textures, to_float
+from ..data.shape import patch_grid
 from ..measure.metrics import evaluate
 from ..method.arithmetic import arithmetic
 from ..method.contrast import CONTRASTS, Heads, Views, layer_spread
@@ -30,7 +31,7 @@ from ..method.memory import SCORERS, Memory, anomaly_maps, image_scores, patch_f
 from ..method.nsa import NSA
 from ..method.perlin import Perlin
 from ..method.pretrain import check_discriminator, pretrain, seeded, stream
-from .maps import arrays_of, filled, grid_of
+from .maps import arrays_of, filled
 from .settings import Config, ask_for_textures, resolved
 from .system import TRAINS
 
@@ -220,7 +221,7 @@ def prepared(c, got, parts, device): # images -> patch scores (N, h, w)
         "Of some images"
         Q = embed(F, images, c, parts)
         s = (parts.get("scorer") or SCORERS[c.scorer])(M, Q, c.b)
-        return dict(patch_scores=s.reshape(len(Q), *grid_of(c)).float().cpu().numpy())
+        return dict(patch_scores=s.reshape(len(Q), *patch_grid(c.size)).float().cpu().numpy())
     return distances
 
 def scores(c, data, got, parts, device, progress): # size of the grid; patch scores (N, h, w)
