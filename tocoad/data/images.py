@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLEAR', 'SUFFIXES', 'FORMATS', 'LIMIT', 'EMBEDDED', 'turn', 'upright', 'rgb', 'square', 'crop', 'to_float',
-           'open_image', 'Picture', 'squared', 'read_image', 'show', 'Split', 'Category', 'photo', 'textures']
+           'open_image', 'Picture', 'squared', 'content', 'read_image', 'show', 'Split', 'Category', 'photo',
+           'textures']
 
 # %% ../../nbs/data/1_images.ipynb #f74cc246
 import hashlib
@@ -141,7 +142,6 @@ class Picture(NamedTuple):
     mode: str # Pillow's
     turn: int # of its EXIF note
     level: float # mean of the pixels, 0 to 255
-    content: str # a hash of the pixels
     peak: int | None # the largest number, where there are more than 8 bits
 
 def squared(
@@ -153,9 +153,14 @@ def squared(
     "An image as an array of one size"
     full, peak = rgb(im, top), int(np.max(im.getextrema())) if im.mode[0] == "I" else None
     pixels = np.asarray(square(full, size, shorter))
-    content = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), pixels.sum(dtype=np.uint32) / pixels.size,
-                   content, peak)
+    level = pixels.sum(dtype=np.uint32) / pixels.size
+    return Picture(pixels.transpose(2, 0, 1), full.size, im.mode, turn(im), level, peak)
+
+def content(
+    pixels, # of one image, an array
+) -> str: # 64 hexadecimal digits
+    "A hash of an image's pixels, the same for copies in any file"
+    return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
 
 # %% ../../nbs/data/1_images.ipynb #8dc0afe4
 def read_image(

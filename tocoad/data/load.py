@@ -20,7 +20,7 @@ from .cache import cached, fingerprint
 from .checks import contradictions, groups, left_out, shortcut, strayed, to_train
 from .depth import SCALES, deep, full_scale
 from .errors import BadInput, printable
-from .images import CLEAR, Category, Split, open_image, read_image
+from .images import CLEAR, Category, Split, content, open_image, read_image
 from .layouts import LAYOUTS, Found, recognise
 from .masks import encoding, look, read_mask, unfit
 from .mini import MINI, SETS, mini_root
@@ -100,11 +100,20 @@ def _remarks(dataset, category, items, about, size, hollow, shorter=False, cast=
         _sizes(about, size, shorter), *_modes(about)]
     return tuple(map(printable, filter(None, said)))
 
+# %% ../../nbs/data/load.ipynb #ab5d25b5
+def _contents(
+    images, # (N, 3, H, W)
+    levels, # mean brightness of each
+) -> list: # equal values, equal pixels
+    "What tells copies: the brightness, and where several share one, a hash of their pixels"
+    often = Counter(levels)
+    return [content(x) if often[v] > 1 else v for x, v in zip(images.numpy(), levels, strict=True)]
+
 # %% ../../nbs/data/load.ipynb #2d3acb41
 def _assemble(dataset, category, items, size, shorter, cast, folder, ours):
     "Tensors by name, fingerprint, remarks, and which test images were moved to training"
     images, masks, about, told = _decode(items, size, shorter, cast)
-    contents = [p.content for p in about]
+    contents = _contents(images, [p.level for p in about])
     moved = strayed(items, contents) if ours else []
     items = to_train(items, moved)
     told += deep(*groups(items, [p.peak for p in about])) + shortcut(*groups(items, [p.level for p in about]))

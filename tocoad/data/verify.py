@@ -22,7 +22,7 @@ from .archives import SUMS, parts, write_sums
 from .checks import contradictions, groups, left_out, shortcut, strayed, to_train, walk
 from .depth import deep
 from .errors import BadInput, one_of, printable
-from .images import SUFFIXES, Picture, open_image, squared
+from .images import SUFFIXES, Picture, content, open_image, squared
 from .layouts import LAYOUTS, Item, Layout, image_files, recognise
 from .masks import Drawn, encoding, look, unfit
 from .sets import DATASETS, tally, title
@@ -69,7 +69,12 @@ class _Seen(NamedTuple):
     image: Picture | None = None # without its pixels
     mask: Drawn | None = None
     hash: str | None = None
+    content: str = "" # of an image's pixels
     wrong: str = "" # why it cannot be read
+
+def _sound(im, hash=None):
+    p = squared(im)
+    return _Seen(p._replace(pixels=None), hash=hash, content=content(p.pixels))
 
 def _picture(name): return Path(name).suffix.lower() in SUFFIXES and not Path(name).name.startswith(".")
 
@@ -86,7 +91,7 @@ def _look(path, name, masks, hashed):
         im = open_image(name, data)
         if path in masks:
             return _Seen(mask=look(im, name), hash=found)
-        return _Seen(squared(im)._replace(pixels=None), hash=found)
+        return _sound(im, found)
     except OSError as e:
         return _Seen(wrong=f"{name} cannot be read ({e.strerror})")
     except BadInput as e:
@@ -165,11 +170,11 @@ def _pairs(items, seen, dataset, r):
 # %% ../../nbs/data/5_verify.ipynb #5b429498
 def _doubts(category, items, seen, r):
     "Copies on both sides of the split or with both labels, and images of another depth"
-    sound = [(i, p) for i in items if (p := seen[i.path].image)]
+    sound = [(i, p) for i in items if (p := seen[i.path]).image]
     its = [i for i, _ in sound]
-    listed = contradictions(its, [p.content for _, p in sound])
+    listed, about = contradictions(its, [p.content for _, p in sound]), [p.image for _, p in sound]
     try:
-        said = deep(*groups(its, [p.peak for _, p in sound])) + shortcut(*groups(its, [p.level for _, p in sound]))
+        said = deep(*groups(its, [p.peak for p in about])) + shortcut(*groups(its, [p.level for p in about]))
         r.remarks += [f"{category}: {text}" for text in said]
     except BadInput as e:
         listed.append(str(e))
@@ -247,7 +252,7 @@ def _judged(category, items, seen, dataset, layout, r):
     named = [i._replace(path=rel(i.path), mask=i.mask and rel(i.mask)) for i in items]
     shown = {rel(p): seen[p] for i in items for p in (i.path, i.mask) if p}
     if layout.ours:
-        contents = [p.content if (p := shown[i.path].image) else i.path for i in named]
+        contents = [shown[i.path].content or i.path for i in named]
         named = to_train(named, strayed(named, contents))
     _pairs(named, shown, dataset, r)
     _doubts(category, named, shown, r)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..data.checks import LEAST, walk
 from ..data.depth import SCALES, deep, full_scale
 from ..data.errors import BadInput
-from ..data.images import FORMATS, LIMIT, SUFFIXES, Picture, _whole, open_image, squared, turn
+from ..data.images import FORMATS, LIMIT, SUFFIXES, Picture, _whole, content, open_image, squared, turn
 from ..data.layouts import GOOD, LAYOUTS, MASKS
 from ..data.shape import like, sides, spoken
 
@@ -253,7 +253,7 @@ def read_good(
     every, top = _pictures(sources, found[:most], size, progress)
     own = [(n, x) for n, x in zip(found, every, strict=False) if x]
     names, got = [n for n, _ in own], [x for _, x in own]
-    keep = sorted({x.content: i for i, x in [*enumerate(got)][::-1]}.values())
+    keep = sorted({content(x.pixels): i for i, x in [*enumerate(got)][::-1]}.values())
     if len(keep) < LEAST:
         at = good if isinstance(good, (str, os.PathLike)) else "the list"
         ours = f", {_many(every.count(None), 'picture')} that {MARK} wrote left out" * (None in every)
