@@ -11,10 +11,12 @@ import sys
 import threading
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 from tocoad.site import build as room
 from tocoad.site.alone import alone, opening
@@ -251,11 +253,26 @@ def test_the_first_cell_asks_for_the_committed_versions(tmp_path):
 def test_chapters_can_be_taken_away(site):
     there = list((site / "notebooks").rglob("*.ipynb"))
     taken = {p.relative_to(site / "notebooks").with_suffix("").as_posix() for p in there}
-    assert {*PATH, "lab/change_one_thing", "systems/padim", "parts/own_parts"} <= taken
+    assert {*PATH, "lab/change_one_thing", "systems/padim", "parts/own_parts", "paper/figures/figure5"} <= taken
     for path in there:
         nb = nbformat.read(path, 4)
         nbformat.validate(nb)
         assert "importlib.util.find_spec" in nb.cells[0].source and not any(c.get("outputs") for c in nb.cells)
+
+
+def test_tables_are_taken_away_with_the_results_that_they_read(site, tmp_path):
+    "Out of the archive, in a folder of its own, a table says what it says on the site"
+    with ZipFile(site / "notebooks" / "with_results.zip") as z:
+        z.extractall(tmp_path)
+    tables = {p.stem for p in (NBS / "paper" / "tables").glob("*.ipynb")} - {"audit"}
+    assert {p.stem for p in tmp_path.rglob("*.ipynb")} == tables | {"compared"}
+    page = (site / "paper" / "tables" / "panel.html").read_text()
+    assert 'href="../../notebooks/with_results.zip" download' in page
+    nb = nbformat.read(tmp_path / "paper" / "tables" / "panel.ipynb", 4)
+    made = NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=tmp_path / "paper" / "tables"))).execute()
+    said = lambda nb: [o["data"]["text/markdown"] for c in nb.cells for o in c.get("outputs", ())
+                       if "text/markdown" in o.get("data", {})]
+    assert said(made) == said(nbformat.read(NBS / "paper" / "tables" / "panel.ipynb", 4)) != []
 
 
 def test_a_workflow_publishes_it():
