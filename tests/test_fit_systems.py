@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from tocoad.data.errors import BadInput
 from tocoad.data.mini import draw
+from tocoad.method.features import Features
 from tocoad.parts.export import ask_for_onnx, export_onnx, load, save
 from tocoad.parts.fit import fit
 from tocoad.parts.score import score
@@ -104,6 +105,23 @@ def test_a_score_depends_on_its_picture_alone(made, parts):
         alone, drawn = d.judge(parts[i])
         torch.testing.assert_close(alone, scores[i], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(drawn, maps[i], rtol=1e-3, atol=1e-3)
+
+
+def test_onnx_runtime_carries_out_f(made, parts, tmp_path, monkeypatch):
+    "Whatever a system does with it, and PyTorch does not; a file of that detector is the same as before"
+    pytest.importorskip("onnxruntime")
+    key, d, path = made
+    if d.F is None:
+        with pytest.raises(BadInput, match="makes no use of F"):
+            load(path, "cpu", "onnxruntime")
+        return
+    fast, want = load(path, "cpu", "onnxruntime"), d.judge(parts)
+    assert torch.equal(load(save(fast, tmp_path / "m"), "cpu").judge(parts)[1], want[1])
+    assert callable(fast._arrays)                                      # the graph is made
+    if key != "fyd":                                                   # its F lies within its own network
+        monkeypatch.setattr(Features, "forward", lambda *a: pytest.fail("PyTorch carried out F"))
+    for was, now in zip(want, fast.judge(parts), strict=True):
+        torch.testing.assert_close(now, was, rtol=1e-3, atol=1e-4 * float(was.abs().max()))
 
 
 def test_the_threshold_is_the_held_out_parts(made, good):

@@ -1,4 +1,5 @@
 "The ONNX graph is the whole detector: pictures of any size in, as the detector judges them"
+import json
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tocoad.cli import main
 from tocoad.data.errors import BadInput
 from tocoad.data.images import square
 from tocoad.data.mini import draw
-from tocoad.parts.export import ToScores, ToSquare, export_onnx, load, onnx_of
+from tocoad.parts.export import ToScores, ToSquare, export_onnx, load, onnx_of, save
 from tocoad.parts.fit import fit
 from tocoad.run.config import config
 
@@ -54,6 +55,28 @@ def test_the_graph_equals_the_detector(good, tmp_path, change):
     same(session, d, np.stack([washer(k) for k in (0, 1, 900)]))
     same(session, d, washer(3, "hole", 200)[None, :150])
     same(session, d, washer(4, size=40)[None])
+
+
+def test_the_command_takes_onnx_runtime_and_says_what_it_would_bring(good, tmp_path, capsys, monkeypatch):
+    "The same order and decisions; many images by PyTorch get a line more"
+    model, say = tmp_path / "m.safetensors", lambda *words: main(["score", "--model", str(model), *map(str, words)])
+    save(fit(good, CFG, progress=False), model)
+    drawn = {"scratch": 3, "good": 5}
+    for i, (what, k) in enumerate((w, k) for w, n in drawn.items() for k in range(n)):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        Image.fromarray(washer(700 + k, what)).save(tmp_path / f"parts/{i}.png")
+    found = {}
+    for engine in ("torch", "onnxruntime"):
+        words = "--images", tmp_path / "parts", "--out", tmp_path / engine, "--quiet", "--device", "cpu", "--maps", 0
+        assert say(*words, "--engine", engine) == 0
+        about = json.loads((tmp_path / engine / "summary.json").read_text())
+        found[engine] = [(w["path"], pytest.approx(w["score"], rel=1e-4)) for w in about["worst"]]
+        assert about["engine"] == engine and "--engine" not in capsys.readouterr().out
+    assert len(found["torch"]) == 8 and found["torch"] == [(p, s.expected) for p, s in found["onnxruntime"]]
+    monkeypatch.setattr("tocoad.cli_parts.MANY", 8)
+    for engine, asked in (("torch", True), ("onnxruntime", False)):
+        assert say(*words[:2], "--out", tmp_path / engine, *words[4:], "--engine", engine) == 0
+        assert ("--engine onnxruntime (pip install tocoad[onnx]) takes" in capsys.readouterr().out) == asked
 
 
 def test_a_stored_patch_keeps_its_tiny_distance(good):

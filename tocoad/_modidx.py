@@ -875,6 +875,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'tocoad.paper.verdict.points': ('paper/verdict.html#points', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.printed': ('paper/verdict.html#printed', 'tocoad/paper/verdict.py'),
                                       'tocoad.paper.verdict.verdicts': ('paper/verdict.html#verdicts', 'tocoad/paper/verdict.py')},
+            'tocoad.parts.engine': { 'tocoad.parts.engine.check_engine': ('parts/engine.html#check_engine', 'tocoad/parts/engine.py'),
+                                     'tocoad.parts.engine.run_by': ('parts/engine.html#run_by', 'tocoad/parts/engine.py')},
             'tocoad.parts.export': { 'tocoad.parts.export.ToDecision': ('parts/export.html#todecision', 'tocoad/parts/export.py'),
                                      'tocoad.parts.export.ToDecision.__init__': ( 'parts/export.html#todecision.__init__',
                                                                                   'tocoad/parts/export.py'),

@@ -27,6 +27,7 @@ from ..data.shape import patch_grid, sides
 from ..files import whole
 from ..method.features import Features
 from ..method.memory import Memory, _spread, patch_features
+from .engine import check_engine
 from .fit import Detector
 from ..run.compare import find_device
 from ..systems.learned import last_of
@@ -86,6 +87,7 @@ def _unpacked(path):
 # %% ../../nbs/parts/3_export.ipynb #bc94baab
 def load(
     path, device: str | None = None, # written by `save`; None: a GPU if there is one
+    engine: str = "torch", # what carries out F: "torch" or "onnxruntime"
 ) -> Detector:
     "Read a detector; BadInput says why not"
     device = find_device(device)
@@ -100,7 +102,8 @@ def load(
         F = Features(cfg.backbone, "random", cfg.norm).to(device).eval().requires_grad_(False)
         F.load_state_dict(part("F."))
         F.weights_hash = about["weights"]
-    return Detector(F, state, cfg, tensors["held"], about, device)
+    check_engine(engine, F, device, cfg.precision)
+    return Detector(F, state, cfg, tensors["held"], about, device, engine)
 
 Detector.load, Detector.save = staticmethod(load), save
 

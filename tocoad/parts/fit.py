@@ -26,6 +26,7 @@ from ..data.layouts import GOOD
 from ..data.shape import patch_grid, sides, spoken
 from ..method.features import Features
 from ..method.halving import halving
+from .engine import run_by
 from .pictures import LEAST, _many, read, read_good
 from ..run.compare import find_device, shown
 from ..run.config import config, settings_of
@@ -58,6 +59,7 @@ class Detector:
     held: torch.Tensor # scores of the held-out good images (n,), ascending
     about: dict # threshold, limit, low, what the stages say, where all comes from: numbers and texts
     device: torch.device = torch.device("cpu")
+    engine: str = "torch" # what carries out F, see `engine`
 
     @property
     def threshold(self): return self.about["threshold"]
@@ -66,7 +68,8 @@ class Detector:
     def at_once(self): # images; one by one is fastest on a CPU, and a score does not depend on its company by a bit
         return 128 if self.device.type == "cuda" else 1 if last_of(self.cfg).does.prepared else 32
 
-    _arrays = cached_property(lambda self: prepared(self.cfg, [*self.state.values()], self.F, self.device))
+    _arrays = cached_property(lambda self: prepared(self.cfg, [*self.state.values()],
+                                                run_by(self.F, self.engine), self.device))
 
     def rows(self, images): # uint8 (N, 3, H, W) -> float (N, 1 + H * W) on the CPU
         "Score and map of each image, side by side"

@@ -308,7 +308,7 @@ def _facts(detector, folder, s):
     a, numbers = detector.about, ("images", "defect", "good", "unreadable", "threshold", "warnings", "problem")
     worst = [dict(rank=i, path=n, score=x, ratio=round(x / s.threshold, 4), heat_map=s.heat_maps.get(n, ""))
              for i, (n, x, _) in enumerate(s.scores[:12], 1) if x is not None]
-    return dict(what=MARK, folder=folder, **{k: getattr(s, k) for k in numbers}, worst=worst,
+    return dict(what=MARK, folder=folder, engine=detector.engine, **{k: getattr(s, k) for k in numbers}, worst=worst,
                 **{k: a[k] for k in ("quantile", "false_alarms")}, heat_maps=list(s.heat_maps.values()),
                 model=dict(config=asdict(detector.cfg), fingerprint=a["images"]["fingerprint"],
                            **{k: a[k] for k in ("weights", "written")}))
