@@ -3,7 +3,6 @@ import copy
 import logging
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from tocoad.data.images import crop, textures, to_float
 from tocoad.data.load import load
 from tocoad.measure import metrics
-from tocoad.method import halving, memory
+from tocoad.method import halving
 from tocoad.method.arithmetic import PRECISIONS, arithmetic
 from tocoad.method.coreset import coreset, radius
 from tocoad.method.cutpaste import CutPaste
@@ -43,13 +42,6 @@ MAPS = dict(fp32=3e-5, tf32=3e-2, bf16=.15)
 # Losses of the second of two epochs, L_dis and L_neg relative to their size: two threads on a CPU in place of one,
 # another order of the same sums, moved L_dis by 2e-3, TF32's digits L_neg by 9e-4, bfloat16 L_dis by 1e-2.
 LOSSES = dict(fp32=1e-2, tf32=2e-2, bf16=5e-2)
-
-
-@pytest.fixture(autouse=True)
-def without_faiss(monkeypatch):
-    "A CPU searches with faiss, which need not be where a GPU is"
-    if not find_spec("faiss"):
-        monkeypatch.setattr(memory, "_faiss", memory._product)
 
 
 @pytest.fixture(scope="module")

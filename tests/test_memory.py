@@ -2,7 +2,6 @@
 import itertools
 import logging
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -306,10 +305,16 @@ def test_a_stored_patch_is_at_distance_zero_however_far_from_the_origin():
         M.search(points(5, 39))
 
 
-def test_without_faiss_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(BadInput, match=r"pip install tocoad\[cpu\]"):
-        Memory(points(5, 3)).search(points(2, 3))
+def test_neighbours_are_those_of_faiss():
+    faiss = pytest.importorskip("faiss")
+    bank, Q = points(5000, 152), points(300, 152)
+    index = faiss.IndexFlatL2(152)
+    index.add(bank.numpy())
+    for k in (1, 9):
+        D, I = index.search(Q.numpy(), k)
+        d, idx = Memory(bank).search(Q, k)
+        np.testing.assert_allclose(d.square(), D, rtol=1e-4)
+        assert (idx.numpy() == I).mean() > .999
 
 
 def test_memory_stores_the_patches_themselves():

@@ -247,7 +247,7 @@ def test_a_chapter_opens_in_an_empty_environment(empty, tmp_path):
 def test_the_first_cell_asks_for_the_committed_versions(tmp_path):
     code = opening(ROOT)
     versions = (ROOT / "constraints.txt").read_text()
-    assert versions in code and '"-c", versions' in code and "tocoad[cpu]==" in code
+    assert versions in code and '"-c", versions' in code and "tocoad==" in code
 
 
 def test_chapters_can_be_taken_away(site):
@@ -278,5 +278,5 @@ def test_tables_are_taken_away_with_the_results_that_they_read(site, tmp_path):
 def test_a_workflow_publishes_it():
     flow = yaml.safe_load((ROOT / ".github" / "workflows" / "docs.yml").read_text())
     steps = [s["run"] for s in flow["jobs"]["docs"]["steps"] if "run" in s]
-    assert steps[0].endswith('".[cpu,docs]" -c constraints.txt') and steps[1].startswith("tocoad docs --out _site")
+    assert steps[0].endswith('".[docs]" -c constraints.txt') and steps[1].startswith("tocoad docs --out _site")
     assert "gh-pages" in steps[2] and flow["permissions"] == dict(contents="write")

@@ -475,7 +475,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'tocoad.method.memory.Memory.neighbours': ( 'method/memory.html#memory.neighbours',
                                                                                   'tocoad/method/memory.py'),
                                       'tocoad.method.memory.Memory.search': ('method/memory.html#memory.search', 'tocoad/method/memory.py'),
-                                      'tocoad.method.memory._faiss': ('method/memory.html#_faiss', 'tocoad/method/memory.py'),
                                       'tocoad.method.memory._product': ('method/memory.html#_product', 'tocoad/method/memory.py'),
                                       'tocoad.method.memory._spread': ('method/memory.html#_spread', 'tocoad/method/memory.py'),
                                       'tocoad.method.memory._to_grid': ('method/memory.html#_to_grid', 'tocoad/method/memory.py'),

@@ -85,18 +85,9 @@ def _product(bank):
     def find(q, k): # patches (P, d); neighbours
         "Their indices (P, k)"
         with torch.no_grad(), arithmetic("fp32", q.device):
-            return torch.addmm(half, q, bank.T, alpha=-1).topk(k, largest=False).indices
+            x = torch.addmm(half, q, bank.T, alpha=-1)                       # (P, M)
+        return x.argmin(1, keepdim=True) if k == 1 else x.topk(k, largest=False).indices
     return find
-
-def _faiss(bank):
-    "Exact neighbours by faiss"
-    try:
-        import faiss
-    except ImportError:
-        raise BadInput("faiss is not installed: pip install tocoad[cpu], or tocoad[gpu] beside a GPU.") from None
-    index = faiss.IndexFlatL2(bank.shape[1])
-    index.add(bank.numpy())
-    return lambda q, k: torch.from_numpy(index.search(q.numpy(), k)[1])
 
 # %% ../../nbs/method/7_memory.ipynb #161e06cb
 @patch
@@ -113,8 +104,9 @@ def search(self: Memory, Q, k: int = 1): # patches (..., d); neighbours, at most
                        "take both from the same backbone, layers and dims")
     q, mu = Q.to(self.bank).reshape(-1, Q.shape[-1]), self.bank.mean(0)
     if self._find is None:
-        self._find = (_product if mu.is_cuda else _faiss)(self.bank - mu)
-    idx = halving(lambda p: self._find(p - mu, min(k, len(self))), q, 2**12, what="patch")[0]
+        self._find = _product(self.bank - mu)
+    some = 2**12 if mu.is_cuda else max(1, 2**22 // len(self)) # a CPU keeps so many distances in its cache
+    idx = halving(lambda p: self._find(p - mu, min(k, len(self))), q, some, what="patch")[0]
     d, order = self.distances(q, idx).sort(-1)
     return tuple(t.reshape(*Q.shape[:-1], idx.shape[1]).to(Q.device) for t in (d, idx.gather(-1, order)))
 

@@ -24,8 +24,8 @@ from ..systems.settings import PLACES, Shared
 from ..systems.system import PARTS, TOCOAD, Stage, System, system_of
 
 # %% ../../nbs/run/2_keys.ipynb #7427a7c8
-COMPUTING = "torch", "torchvision", "timm", "kornia", "faiss" # packages whose version is part of every key
-PACKAGES = "tocoad", *COMPUTING[:-1], "scikit-learn", "numpy"
+COMPUTING = "torch", "torchvision", "timm", "kornia" # packages whose version is part of every key
+PACKAGES = "tocoad", *COMPUTING, "scikit-learn", "numpy"
 
 def _cpu():
     "What the processor calls itself"
@@ -46,8 +46,7 @@ def hardware(
 @cache
 def versions() -> dict: # package -> version
     "Versions of the packages that a result depends on"
-    faiss = version_of("faiss-cpu") or version_of("faiss-gpu")
-    return {name: version_of(name) for name in PACKAGES} | dict(faiss=faiss)
+    return {name: version_of(name) for name in PACKAGES}
 
 def computed_by(
     precision: str, # of `Config`

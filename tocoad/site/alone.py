@@ -49,7 +49,7 @@ def opening(
     at = f" @ git+{ini['git_url']}@{ini['branch']}" if "git_url" in ini else f"=={ini['version']}"
     packed = {name: b64encode(gzip.compress(data, mtime=0)).decode() for name, data in dict(files).items()}
     versions = (root / "constraints.txt").read_text(encoding="utf-8")
-    return OPENING.format(files=packed, versions=versions, package=f"tocoad[cpu]{at}")
+    return OPENING.format(files=packed, versions=versions, package=f"tocoad{at}")
 
 # %% ../../nbs/site/4_alone.ipynb #b006000b
 NAMED = re.compile(r"[\"']([\w.-]*[./][\w./-]*\w)[\"']") # words of code that may be files

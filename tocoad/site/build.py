@@ -165,7 +165,7 @@ def build(
     "Build the site of this clone"
     nbs = notebooks()
     if lacking := [x for x in ("sphinx", "sphinx_book_theme", "myst_nb", "latex2mathml") if find_spec(x) is None]:
-        raise BadInput(f"The site needs {', '.join(lacking)}: install the extra with `pip install -e '.[cpu,docs]'`.")
+        raise BadInput(f"The site needs {', '.join(lacking)}: install the extra with `pip install -e '.[docs]'`.")
     if out.exists() and any(out.iterdir()) and not (out / "searchindex.js").exists():
         raise BadInput(f"{out} holds other files: name an empty folder for the site.")
     with tempfile.TemporaryDirectory() as d:
