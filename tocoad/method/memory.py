@@ -86,7 +86,7 @@ def _product(bank):
         "Their indices (P, k)"
         with torch.no_grad(), arithmetic("fp32", q.device):
             x = torch.addmm(half, q, bank.T, alpha=-1)                       # (P, M)
-        return x.argmin(1, keepdim=True) if k == 1 else x.topk(k, largest=False).indices
+        return x.min(1, keepdim=True).indices if k == 1 else x.topk(k, largest=False).indices
     return find
 
 # %% ../../nbs/method/7_memory.ipynb #161e06cb
