@@ -334,9 +334,9 @@ def test_a_component_of_the_package_counts_by_the_code_it_reaches(monkeypatch):
     assert key(Perlin) != before[0]
 
 
-@pytest.mark.parametrize("a,b", itertools.combinations([
+@pytest.mark.parametrize("a,b", [*itertools.combinations([
     torch.arange(4.), torch.arange(4.).to(torch.bfloat16), torch.arange(4), torch.arange(4.)[None],
     torch.arange(4.).requires_grad_(), torch.nn.Parameter(torch.arange(4.)), np.arange(4.), np.arange(4.)[::-1],
-    np.ma.masked_array([0., 1, 2, 3], [1, 0, 0, 0]), np.array([0., 1, 2, 3], object), -torch.arange(4.)], 2))
+    np.ma.masked_array([0., 1, 2, 3], [1, 0, 0, 0]), np.array([0., 1, 2, 3], object), -torch.arange(4.)], 2)])
 def test_arrays_that_differ_have_other_keys(a, b):
     assert key(a) and key(b) and key(a) != key(b)
