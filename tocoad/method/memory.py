@@ -105,7 +105,7 @@ def search(self: Memory, Q, k: int = 1): # patches (..., d); neighbours, at most
     q, mu = Q.to(self.bank).reshape(-1, Q.shape[-1]), self.bank.mean(0)
     if self._find is None:
         self._find = _product(self.bank - mu)
-    some = 2**12 if mu.is_cuda else max(1, 2**22 // len(self)) # a CPU keeps so many distances in its cache
+    some = max(1, 2**22 // len(self)) # patches whose distances stay in a cache
     idx = halving(lambda p: self._find(p - mu, min(k, len(self))), q, some, what="patch")[0]
     d, order = self.distances(q, idx).sort(-1)
     return tuple(t.reshape(*Q.shape[:-1], idx.shape[1]).to(Q.device) for t in (d, idx.gather(-1, order)))
