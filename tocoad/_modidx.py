@@ -1102,7 +1102,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tocoad.run.source._fingerprint': ('run/source.html#_fingerprint', 'tocoad/run/source.py'),
                                    'tocoad.run.source._imports': ('run/source.html#_imports', 'tocoad/run/source.py'),
                                    'tocoad.run.source._names': ('run/source.html#_names', 'tocoad/run/source.py'),
-                                   'tocoad.run.source._plain': ('run/source.html#_plain', 'tocoad/run/source.py'),
                                    'tocoad.run.source._state': ('run/source.html#_state', 'tocoad/run/source.py'),
                                    'tocoad.run.source._statements': ('run/source.html#_statements', 'tocoad/run/source.py'),
                                    'tocoad.run.source._tree': ('run/source.html#_tree', 'tocoad/run/source.py'),

@@ -52,11 +52,6 @@ def _tree(text):
             n.returns = None
     return tree
 
-@cache
-def _plain(text):
-    "A module's code in one form"
-    return ast.unparse(_tree(text))
-
 # %% ../../nbs/run/source.ipynb #5507ebff
 @cache
 def _imports(text, room=""):
@@ -161,8 +156,8 @@ def _fingerprint(function, texts, chosen):
 def code_hash(
     texts: dict | None = None, # room -> source; None: as loaded
 ) -> str: # 16 hexadecimal digits
-    "Fingerprint of the whole package"
-    every = "".join(f"{r} {_plain(t)}" for r, t in sorted((texts or _LOADED).items()))
+    "Fingerprint of the whole package, comments and all: it says what made a thing, and is read at once"
+    every = "\n".join(f"{r} {t}" for r, t in sorted((texts or _LOADED).items()))
     return hashlib.sha256(every.encode()).hexdigest()[:16]
 
 class Stale(BadInput):
