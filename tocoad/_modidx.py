@@ -1042,6 +1042,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tocoad.run.exchange._head_and_body': ('run/exchange.html#_head_and_body', 'tocoad/run/exchange.py'),
                                      'tocoad.run.exchange._image_scores': ('run/exchange.html#_image_scores', 'tocoad/run/exchange.py'),
                                      'tocoad.run.exchange._line': ('run/exchange.html#_line', 'tocoad/run/exchange.py'),
+                                     'tocoad.run.exchange._numbers': ('run/exchange.html#_numbers', 'tocoad/run/exchange.py'),
                                      'tocoad.run.exchange._order': ('run/exchange.html#_order', 'tocoad/run/exchange.py'),
                                      'tocoad.run.exchange._outward': ('run/exchange.html#_outward', 'tocoad/run/exchange.py'),
                                      'tocoad.run.exchange._outward_settings': ( 'run/exchange.html#_outward_settings',

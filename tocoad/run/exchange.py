@@ -279,6 +279,12 @@ def imported(
     return sorted((store.root / "imported").glob("*.jsonl"))
 
 # %% ../../nbs/run/exchange.ipynb #bd4dabf5
+def _numbers(x):
+    "What a stage found, without how long it took"
+    if isinstance(x, dict):
+        return {k: _numbers(v) for k, v in x.items() if k != "seconds"}
+    return [*map(_numbers, x)] if isinstance(x, list) else x
+
 def pool(
     paths, # files from `export`
 ) -> tuple: # records by key, sets by fingerprint, tables
@@ -287,7 +293,7 @@ def pool(
     for p in paths:
         head, found = read(p)
         for r in found:
-            if (twin := records.get(r["key"])) and twin["values"] != r["values"]:
+            if (twin := records.get(r["key"])) and _numbers(twin["values"]) != _numbers(r["values"]):
                 run = f"{r['category']}, {r['method']}, seed {r['seed']}"
                 raise BadInput(f"{p} and {twin['file']} say different things of record {r['key']} ({run}): keep one "
                                "of them.")
