@@ -35,7 +35,6 @@ def _intervals(ax, series, labels):
         ax.errorbar(mean, y + .7 * ((k + .5) / len(series) - .5), xerr=np.maximum((mean - low, high - mean), 0),
                     fmt=MARKERS[k % 7], ms=5, lw=1.4, capsize=2, color=COLOURS[k % 6], label=what)
     ax.grid(axis="x", alpha=.25)
-    ax.locator_params(axis="x", nbins=6)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
@@ -66,6 +65,7 @@ def forest(
         if labels:
             _intervals(ax, series, labels)
         ax.set_title(name, fontsize=10)
+        ax.locator_params("x", nbins=5 if len(panels) > 2 else 6)
     axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .4, -.6))
     if not labels:
         for ax in axes:
@@ -74,7 +74,7 @@ def forest(
     handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
     fig.legend(*handles, loc="outside right upper", fontsize=9, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=9)
-    fig.suptitle(drawn(heading), fontsize=9)
+    fig.suptitle(drawn(textwrap.fill(heading, 100)), x=.01, ha="left", fontsize=9) # the legend has the other corner
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #f2454dc1
