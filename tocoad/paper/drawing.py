@@ -74,7 +74,7 @@ def forest(
     handles = axes[0].get_legend_handles_labels() if many > 1 else ((), ())
     fig.legend(*handles, loc="outside right upper", fontsize=9, frameon=False)
     fig.supxlabel("paired difference in points, with 95 % interval", fontsize=9)
-    fig.suptitle(drawn(textwrap.fill(heading, 100)), x=.01, ha="left", fontsize=9) # the legend has the other corner
+    fig.suptitle(textwrap.fill(drawn(heading), 95), x=.01, ha="left", fontsize=9) # the legend has the other corner
     return fig
 
 # %% ../../nbs/paper/drawing.ipynb #f2454dc1

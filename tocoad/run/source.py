@@ -156,7 +156,7 @@ def _fingerprint(function, texts, chosen):
 def code_hash(
     texts: dict | None = None, # room -> source; None: as loaded
 ) -> str: # 16 hexadecimal digits
-    "Fingerprint of the whole package, comments and all: it says what made a thing, and is read at once"
+    "Fingerprint of the whole package, comments and all; parsing it would take a second"
     every = "\n".join(f"{r} {t}" for r, t in sorted((texts or _LOADED).items()))
     return hashlib.sha256(every.encode()).hexdigest()[:16]
 
