@@ -94,9 +94,9 @@ def _outward(r, store):
 
 # %% ../../nbs/run/exchange.ipynb #dd62b958
 def _same_table(s):
-    "What two versions of a table have in common, as text: settings, seeds, categories and their images"
+    "What two versions of a table have in common, as text: settings, seeds, systems, categories and their images"
     sets = sorted([x["dataset"], x["category"], x["fingerprint"]] for x in s["sets"])
-    return _line([s[k] for k in ("target", "profile", "settings", "seeds", "mini")] + [sets])
+    return _line([s[k] for k in ("target", "profile", "settings", "seeds", "mini")] + [s.get("systems"), sets])
 
 def _sheet(path):
     "A table of a store and its number among them; BadInput if it is not as it was written"
@@ -111,7 +111,7 @@ def _sheet(path):
 def sheets(
     store: Store,
     targets=None, # names such as "table5"; None: all
-) -> list: # of dicts, the newest of each choice of settings, seeds, categories and images
+) -> list: # of dicts, the newest of each choice of settings, seeds, systems, categories and images
     "The store's current tables"
     found = sorted(map(_sheet, (store.root / "sheets").glob("*.json")), key=lambda x: x[:2])
     newest = {_same_table(s): s for *_, s in found}
