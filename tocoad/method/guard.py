@@ -7,7 +7,6 @@ __all__ = ['Diverged', 'Guard']
 
 # %% ../../nbs/method/appendix/guard.ipynb #9a5d0b03
 import math
-from copy import deepcopy
 
 import torch
 from torch import nn
@@ -20,12 +19,15 @@ class Guard:
     "The last good state of some modules, restored when a loss is not finite"
     def __init__(self, *modules): # what is trained; None is left out
         self.trained = nn.ModuleList(m for m in modules if m is not None)
-        self.good = deepcopy(self.trained.state_dict())
+        self.good = self._state()
+
+    def _state(self):
+        return {k: v.clone() for k, v in self.trained.state_dict().items()}
 
     def check(self, losses, epoch: int): # (steps,) of one epoch; its number, from 0
         "Keep the state if losses and weights are finite, else restore the last one and raise `Diverged`"
         if torch.stack([t.isfinite().all() for t in (losses, *self.trained.parameters())]).all():
-            self.good = deepcopy(self.trained.state_dict())
+            self.good = self._state()
             return
         self.trained.load_state_dict(self.good)
         losses = [*losses.tolist(), math.nan] # if only the weights are spoilt, the next loss would be

@@ -7,6 +7,7 @@ __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'file_sha256', 'weights_path', 'lite
 
 # %% ../../nbs/method/appendix/weights.ipynb #dcc83096
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -63,11 +64,16 @@ def lite0_names(net, state: dict): # timm's `tf_efficientnet_lite0`, whole or wi
     return dict(zip(net.state_dict(), state.values(), strict=False))
 
 # %% ../../nbs/method/appendix/weights.ipynb #1bab7286
+@lru_cache(maxsize=1)
+def _tensors(path, sha):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
 def load_weights(net, backbone: str, weights): # filled in place; a key of `BACKBONES`; "imagenet" or a path
     "Fill a backbone from a file; the first 16 hexadecimal digits of the file's SHA-256"
     path = weights_path(backbone) if weights == "imagenet" else Path(weights)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        sha = file_sha256(path)
+        state = _tensors(path, sha)
     except Exception as e:
         raise BadInput(f"{path} is not a PyTorch state dict ({type(e).__name__}); give 'imagenet', 'random' "
                        "or a file saved by torch.save.") from None
@@ -79,4 +85,4 @@ def load_weights(net, backbone: str, weights): # filled in place; a key of `BACK
         raise BadInput(f"{path} does not fit {backbone}: {wrong[0]} and {len(wrong) - 1} other tensors are missing "
                        "or have another shape.")
     net.load_state_dict({k: state[k] for k in own})
-    return file_sha256(path)[:16]
+    return sha[:16]
