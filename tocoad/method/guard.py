@@ -22,6 +22,7 @@ class Guard:
         self.good = self._state()
 
     def _state(self):
+        "A copy of all weights"
         return {k: v.clone() for k, v in self.trained.state_dict().items()}
 
     def check(self, losses, epoch: int): # (steps,) of one epoch; its number, from 0
