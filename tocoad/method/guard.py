@@ -21,8 +21,7 @@ class Guard:
         self.trained = nn.ModuleList(m for m in modules if m is not None)
         self.good = self._state()
 
-    def _state(self):
-        "A copy of all weights"
+    def _state(self): # a copy
         return {k: v.clone() for k, v in self.trained.state_dict().items()}
 
     def check(self, losses, epoch: int): # (steps,) of one epoch; its number, from 0

@@ -65,8 +65,7 @@ def lite0_names(net, state: dict): # timm's `tf_efficientnet_lite0`, whole or wi
 
 # %% ../../nbs/method/appendix/weights.ipynb #1bab7286
 @lru_cache(maxsize=1)
-def _tensors(path, sha):
-    "What a file holds; its hash stands for its content"
+def _tensors(path, sha): # the hash stands for the content
     return torch.load(path, map_location="cpu", weights_only=True)
 
 def load_weights(net, backbone: str, weights): # filled in place; a key of `BACKBONES`; "imagenet" or a path
